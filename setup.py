@@ -1,0 +1,105 @@
+"""Builds ``mylayers._C``; everything that needs no code stands in pyproject.toml."""
+
+import os
+import shlex
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+OLDEST_TORCH = (2, 11)
+# Memory that one compiler process may take; torch's autograd headers need most of it.
+GIB_PER_JOB = 1.5
+
+series = tuple(int(part) for part in torch.__version__.split(".")[:2])
+if series < OLDEST_TORCH:
+    raise SystemExit(
+        f"mylayers needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer; this environment "
+        f"has {torch.__version__}. Upgrade it (pip install --upgrade torch) and try again."
+    )
+
+
+def jobs() -> int:
+    """As many compilers at once as there are processors and memory for."""
+    processors = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return processors or 1
+    return max(1, min(processors or 1, int(free_kib / 2**20 / GIB_PER_JOB)))
+
+
+def check_tools() -> None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        raise SystemExit(
+            f"mylayers compiles C++ and found no compiler ('{compiler}' is not on the PATH). "
+            "Install one and try again: 'apt-get install g++' on Debian and Ubuntu, "
+            "'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or name yours "
+            "in the environment variable CXX."
+        )
+    if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        raise SystemExit(
+            "mylayers compiles against Python's headers and found no Python.h. Install them and "
+            "try again: 'apt-get install python3-dev' on Debian and Ubuntu, 'dnf install "
+            "python3-devel' on Fedora."
+        )
+
+
+class Build(BuildExtension):
+    """Checks for the tools first, and leaves a note of the torch that it built for.
+
+    The note is what ``import mylayers`` reads before it loads the extension: under another
+    minor series loading fails on a missing symbol at best.
+    """
+
+    def run(self) -> None:
+        check_tools()
+        os.environ.setdefault("MAX_JOBS", str(jobs()))
+        super().run()
+        self._leave_note(Path(self.build_lib, "mylayers"))
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self._leave_note(Path("mylayers"))
+
+    def _leave_note(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder, "_built_for.py").write_text(f'TORCH = "{torch.__version__}"\n')
+
+
+extension = CppExtension(
+    "mylayers._C",
+    sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
+    depends=sorted(
+        str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern)
+    ),
+    define_macros=[("MYLAYERS_TORCH_VERSION", f'"{torch.__version__}"')],
+    extra_compile_args=[
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        # For at::parallel_for. Not given to the linker: GOMP_parallel then binds to the
+        # OpenMP runtime that torch has loaded, and both share one pool of threads.
+        *([] if sysconfig.get_platform().startswith("macosx") else ["-fopenmp"]),
+        "-Wall",
+        # 64-byte vectors never cross a function that is not inlined.
+        "-Wno-psabi",
+        # g++ 12 warns inside its own AVX-512 headers (GCC bug 105593).
+        "-Wno-maybe-uninitialized",
+        "-Wno-unknown-pragmas",
+    ],
+)
+
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": Build},
+    install_requires=[f"torch=={series[0]}.{series[1]}.*"],
+)
