@@ -1,0 +1,31 @@
+// Matrix products on the CPU, threads included.
+#pragma once
+
+#include "kernels.h"
+
+namespace mylayers::cpu {
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row;  // strides, in elements
+  int64_t col;
+
+  Matrix at(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
+  Matrix transposed() const { return {data, col, row}; }
+};
+
+// c (m, n) contiguous = act(a (m, k) @ b (k, n) + bias (n) or nothing), accumulated in
+// acc_t<T>, rounded once. A row of c depends on its row of a, on b and on bias alone, to
+// the bit: each element is one chain of multiply-adds over k, whatever m and the threads.
+template <class T>
+void gemm(
+    int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act, T* c);
+
+// c (m, n) contiguous = a (m, k) @ b (k, n) for a k that may be far longer than m and n (a
+// weight gradient: k counts the rows of the batch). Long sums are cut at places that
+// depend on the sizes alone and added up in order, so threads change no bit.
+template <class T>
+void gemm_long(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T* c);
+
+}  // namespace mylayers::cpu

@@ -1,0 +1,34 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace mylayers::cpu {
+namespace {
+
+const Kernels& choose() {
+  // PyTorch's own variable, so that one setting lowers both libraries alike.
+  const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool only_generic = cap && std::strcmp(cap, "default") == 0;
+  const bool no_avx512 = only_generic || (cap && std::strcmp(cap, "avx2") == 0);
+#if defined(__x86_64__)
+  if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return avx512_kernels();
+  }
+  if (!only_generic && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return avx2_kernels();
+  }
+#endif
+  return generic_kernels();
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace mylayers::cpu

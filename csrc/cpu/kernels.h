@@ -1,0 +1,130 @@
+// The inner loops of every CPU kernel, compiled once per instruction set.
+//
+// kernels.inl holds one source for all of them; kernels_{generic,avx2,avx512}.cpp
+// compile it under their own target, and kernels() picks a table once, by what the
+// processor can do. Everything here works on raw pointers on one thread; who splits
+// work among threads sits one level up (gemm.cpp, linear_act.cpp, center.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace mylayers::cpu {
+
+// Storage-only 16-bit types; arithmetic on them is done in float32.
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+// The type in which values of T are multiplied and summed.
+template <class T>
+using acc_t = typename Accumulate<T>::type;
+
+// Columns of the widest tile; packed panels are this wide or less.
+constexpr int64_t kPanel = 64;
+
+// Inner loops over the element type C in which products are formed (float, double).
+template <class C>
+struct ProductKernels {
+  // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), n <= kPanel, b with unit column
+  // stride, c0 = c if `accumulate` else 0; bias and act only if `finish`.
+  // Every c[i][j] is one chain of fused multiply-adds over k in rising order, so its
+  // bits depend on neither m, n nor how k is cut into calls.
+  void (*block)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
+      int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
+      Activation act);
+};
+
+// Inner loops over a storage type T with accumulator C = acc_t<T>.
+template <class T>
+struct StorageKernels {
+  using C = acc_t<T>;
+  // out (rows, out_row >= cols), unit column stride = in (rows, cols) with any strides;
+  // columns from cols to out_row are set to zero.
+  void (*pack)(
+      int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out,
+      int64_t out_row);
+  // out (rows, cols) = act(in + bias), rounded once to T.
+  void (*finish)(
+      int64_t rows, int64_t cols, const C* in, int64_t in_row, const T* bias, Activation act,
+      T* out, int64_t out_row);
+  // dz = dy where y > 0 or y is NaN, else 0 (all of dy if y is null); db += column sums of
+  // dz, rows in rising order. Either of dz, db may be null. dz may be dy.
+  void (*mask)(int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, C* db);
+  // Sum of n <= kChunk contiguous values.
+  double (*sum)(int64_t n, const T* x);
+  // out = x - mean.
+  void (*subtract)(int64_t n, const T* x, C mean, T* out);
+  // sums (cols) += column sums of x (rows, cols), rows in rising order.
+  void (*column_sums)(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* sums);
+  // out (rows, cols) = x - mean (cols).
+  void (*subtract_columns)(
+      int64_t rows, int64_t cols, const T* x, int64_t x_row, const C* mean, T* out);
+};
+
+// Values that one partial sum covers: small enough that float32 lanes lose nothing that
+// shows in the result, large enough that storing the partial sum costs nothing.
+constexpr int64_t kChunk = 4096;
+
+struct Kernels {
+  const char* name;
+  ProductKernels<float> f32_product;
+  ProductKernels<double> f64_product;
+  StorageKernels<float> f32;
+  StorageKernels<double> f64;
+  StorageKernels<half_t> f16;
+  StorageKernels<bfloat16_t> bf16;
+
+  template <class C>
+  const ProductKernels<C>& product() const;
+  template <class T>
+  const StorageKernels<T>& storage() const;
+};
+
+template <>
+inline const ProductKernels<float>& Kernels::product<float>() const {
+  return f32_product;
+}
+template <>
+inline const ProductKernels<double>& Kernels::product<double>() const {
+  return f64_product;
+}
+template <>
+inline const StorageKernels<float>& Kernels::storage<float>() const {
+  return f32;
+}
+template <>
+inline const StorageKernels<double>& Kernels::storage<double>() const {
+  return f64;
+}
+template <>
+inline const StorageKernels<half_t>& Kernels::storage<half_t>() const {
+  return f16;
+}
+template <>
+inline const StorageKernels<bfloat16_t>& Kernels::storage<bfloat16_t>() const {
+  return bf16;
+}
+
+// The table for this processor, chosen at first use.
+const Kernels& kernels();
+
+// One per source file; the x86 ones exist on x86 only.
+const Kernels& generic_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+}  // namespace mylayers::cpu

@@ -1,0 +1,587 @@
+// Body of kernels_*.cpp: see kernels.h for what each function computes.
+//
+// The target pragma stands after the last #include and everything below lives in a
+// namespace of its own, so no inline function of another header is ever compiled for an
+// instruction set that the processor at hand may lack.
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define MYLAYERS_IS_generic 0
+#define MYLAYERS_IS_avx2 1
+#define MYLAYERS_IS_avx512 2
+#define MYLAYERS_CONCAT_(a, b) a##b
+#define MYLAYERS_CONCAT(a, b) MYLAYERS_CONCAT_(a, b)
+#define MYLAYERS_LEVEL MYLAYERS_CONCAT(MYLAYERS_IS_, MYLAYERS_ISA)
+#define MYLAYERS_STRING_(a) #a
+#define MYLAYERS_STRING(a) MYLAYERS_STRING_(a)
+
+#define MYLAYERS_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define MYLAYERS_TARGET(list) \
+  MYLAYERS_PRAGMA(clang attribute push(__attribute__((target(list))), apply_to = function))
+#define MYLAYERS_TARGET_END MYLAYERS_PRAGMA(clang attribute pop)
+#else
+#define MYLAYERS_TARGET(list) MYLAYERS_PRAGMA(GCC push_options) MYLAYERS_PRAGMA(GCC target(list))
+#define MYLAYERS_TARGET_END MYLAYERS_PRAGMA(GCC pop_options)
+#endif
+
+#if MYLAYERS_LEVEL == 2
+MYLAYERS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#elif MYLAYERS_LEVEL == 1
+MYLAYERS_TARGET("avx2,fma,f16c")
+#endif
+
+namespace mylayers::cpu::MYLAYERS_ISA {
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+// ---- vectors ------------------------------------------------------------------------
+
+constexpr int kBytes = MYLAYERS_LEVEL == 2 ? 64 : MYLAYERS_LEVEL == 1 ? 32 : 16;
+// Rows of a register tile and vectors across it: 24 of AVX-512's 32 registers hold sums,
+// 12 of AVX2's 16, leaving room for one row of b and the broadcast element of a.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = MYLAYERS_LEVEL == 2 ? 4 : 2;
+
+template <class C>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(kBytes)));
+  typedef int32_t mask __attribute__((vector_size(kBytes)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(kBytes)));
+  typedef int64_t mask __attribute__((vector_size(kBytes)));
+};
+template <class C>
+using vec = typename Vector<C>::type;
+template <class C>
+constexpr int kLanes = kBytes / static_cast<int>(sizeof(C));
+
+// memcpy: any alignment is fine, and any compiler makes it one instruction.
+template <class V, class T>
+INLINE V load_bits(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+INLINE vec<float> load(const float* p) { return load_bits<vec<float>>(p); }
+INLINE vec<double> load(const double* p) { return load_bits<vec<double>>(p); }
+INLINE void store(float* p, vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
+INLINE void store(double* p, vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+
+typedef uint16_t u16 __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t u32 __attribute__((vector_size(kBytes)));
+
+INLINE vec<float> load(const bfloat16_t* p) {
+  return (vec<float>)(__builtin_convertvector(load_bits<u16>(p), u32) << 16);
+}
+// Round to nearest even; NaN becomes the quiet NaN that PyTorch writes.
+INLINE void store(bfloat16_t* p, vec<float> v) {
+  const u32 bits = (u32)v;
+  const u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32 is_nan = (u32)(v != v);
+  const u16 out = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), u16);
+  std::memcpy(p, &out, sizeof(out));
+}
+
+#if MYLAYERS_LEVEL == 2
+INLINE vec<float> load(const half_t* p) {
+  return (vec<float>)_mm512_cvtph_ps(load_bits<__m256i>(p));
+}
+INLINE void store(half_t* p, vec<float> v) {
+  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &out, sizeof(out));
+}
+#elif MYLAYERS_LEVEL == 1
+INLINE vec<float> load(const half_t* p) {
+  return (vec<float>)_mm256_cvtph_ps(load_bits<__m128i>(p));
+}
+INLINE void store(half_t* p, vec<float> v) {
+  const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &out, sizeof(out));
+}
+#else
+// Without a conversion instruction: rebuild the number from its fields. Subnormal halves
+// are integers times 2^-24; subtracting 0.5 from 0.5 + that integer's bits is exact.
+INLINE vec<float> load(const half_t* p) {
+  const u32 h = __builtin_convertvector(load_bits<u16>(p), u32);
+  const u32 sign = (h & 0x8000) << 16;
+  const u32 body = (h & 0x7fff) << 13;
+  const u32 normal = body + (112u << 23);
+  const u32 special = body | (255u << 23);
+  const vec<float> offset = (vec<float>)((u32){} + (113u << 23));
+  const u32 subnormal = (u32)((vec<float>)(body + (113u << 23)) - offset);
+  const u32 is_special = (u32)(body >= (31u << 23));
+  const u32 is_subnormal = (u32)(body < (1u << 23));
+  return (vec<float>)(sign | (special & is_special) | (subnormal & is_subnormal) |
+                      (normal & ~is_special & ~is_subnormal));
+}
+INLINE void store(half_t* p, vec<float> v) {
+  const u32 bits = (u32)v;
+  const u32 sign = (bits >> 16) & 0x8000;
+  const u32 body = bits & 0x7fffffff;
+  // Adding 0.5 lets the adder round a value below 2^-14 to a multiple of 2^-24.
+  const vec<float> half = (vec<float>)((u32){} + (126u << 23));
+  const u32 subnormal = (u32)((vec<float>)body + half) - (126u << 23);
+  const u32 normal = (body - (112u << 23) + 0xfff + ((body >> 13) & 1)) >> 13;
+  const u32 is_nan = (u32)(v != v);
+  const u32 is_large = (u32)(body >= (143u << 23)) & ~is_nan;
+  const u32 is_subnormal = (u32)(body < (113u << 23));
+  const u32 out = (0x7e00 & is_nan) | (0x7c00 & is_large) | (subnormal & is_subnormal) |
+                  (normal & ~is_nan & ~is_large & ~is_subnormal);
+  const u16 narrow = __builtin_convertvector(sign | out, u16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+#endif
+
+// The first n of a vector's lanes, n < kLanes; the others are zero, and nothing beyond
+// the n values is touched.
+template <class T>
+INLINE vec<acc_t<T>> load_part(const T* p, int n) {
+  T lanes[kLanes<acc_t<T>>] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+INLINE void store_part(T* p, vec<acc_t<T>> v, int n) {
+  T lanes[kLanes<acc_t<T>>];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+#if MYLAYERS_LEVEL == 2
+template <>
+INLINE vec<float> load_part(const float* p, int n) {
+  return (vec<float>)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+}
+template <>
+INLINE void store_part(float* p, vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+}
+template <>
+INLINE vec<double> load_part(const double* p, int n) {
+  return (vec<double>)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+}
+template <>
+INLINE void store_part(double* p, vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+}
+template <>
+INLINE vec<float> load_part(const half_t* p, int n) {
+  return (vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+}
+template <>
+INLINE vec<float> load_part(const bfloat16_t* p, int n) {
+  const u16 bits = (u16)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
+  return (vec<float>)(__builtin_convertvector(bits, u32) << 16);
+}
+#elif MYLAYERS_LEVEL == 1
+INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+INLINE vec<float> load_part(const float* p, int n) {
+  return (vec<float>)_mm256_maskload_ps(p, first_lanes(n));
+}
+template <>
+INLINE void store_part(float* p, vec<float> v, int n) {
+  _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+}
+#endif
+
+// x < 0 keeps NaN and -0, as torch.relu does.
+template <class C>
+INLINE vec<C> activate(vec<C> v, Activation act) {
+  if (act == Activation::kRelu) {
+    v = v < 0 ? vec<C>{} : v;
+  }
+  return v;
+}
+
+// f(i, n): whole vectors first (n = kLanes), then the rest, if any (n < kLanes).
+#define FOR_VECTORS(C, count, WHOLE, REST)           \
+  int64_t j = 0;                                     \
+  for (; j + kLanes<C> <= (count); j += kLanes<C>) { \
+    WHOLE                                            \
+  }                                                  \
+  if (const int n = static_cast<int>((count) - j)) { \
+    REST                                             \
+  }
+
+// ---- products -----------------------------------------------------------------------
+
+// One register tile: rows x (vectors * kLanes) of c, the last vector cut to `tail` lanes
+// if kTail.
+template <class C, int kRows, int kVectors, bool kTail>
+void tile(
+    int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b, int64_t b_row, C* c,
+    int64_t c_row, int tail, bool accumulate, bool finish, const C* bias, Activation act) {
+  constexpr int L = kLanes<C>;
+  const auto get = [&](const C* p, int v) __attribute__((always_inline)) {
+    return kTail && v == kVectors - 1 ? load_part(p + v * L, tail) : load(p + v * L);
+  };
+  vec<C> sum[kRows][kVectors];
+  UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] = accumulate ? get(c + i * c_row, v) : vec<C>{};
+    }
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    vec<C> row[kVectors];
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      row[v] = get(b, v);
+    }
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const C x = load_bits<C>(a + i * a_row);
+      UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        sum[i][v] += x * row[v];
+      }
+    }
+    a += a_col;
+    b += b_row;
+  }
+  if (finish) {
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const vec<C> add = bias ? get(bias, v) : vec<C>{};
+      UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        sum[i][v] = activate<C>(bias ? sum[i][v] + add : sum[i][v], act);
+      }
+    }
+  }
+  UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      C* out = c + i * c_row + v * L;
+      if (kTail && v == kVectors - 1) {
+        store_part(out, sum[i][v], tail);
+      } else {
+        store(out, sum[i][v]);
+      }
+    }
+  }
+}
+
+template <class C>
+using Tile = void (*)(
+    int64_t, const C*, int64_t, int64_t, const C*, int64_t, C*, int64_t, int, bool, bool, const C*,
+    Activation);
+
+template <class C, int kVectors, bool kTail>
+constexpr Tile<C> kTilesByRows[kTileRows] = {
+    tile<C, 1, kVectors, kTail>, tile<C, 2, kVectors, kTail>, tile<C, 3, kVectors, kTail>,
+    tile<C, 4, kVectors, kTail>, tile<C, 5, kVectors, kTail>, tile<C, 6, kVectors, kTail>};
+
+template <class C>
+const Tile<C>* tiles(int vectors, bool tail) {
+  switch (vectors) {
+    case 1:
+      return tail ? kTilesByRows<C, 1, true> : kTilesByRows<C, 1, false>;
+    case 2:
+      return tail ? kTilesByRows<C, 2, true> : kTilesByRows<C, 2, false>;
+#if MYLAYERS_LEVEL == 2
+    case 3:
+      return tail ? kTilesByRows<C, 3, true> : kTilesByRows<C, 3, false>;
+    case 4:
+      return tail ? kTilesByRows<C, 4, true> : kTilesByRows<C, 4, false>;
+#endif
+  }
+  __builtin_unreachable();
+}
+
+template <class C>
+void block(
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
+    int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
+    Activation act) {
+  constexpr int L = kLanes<C>;
+  constexpr int64_t width = kTileVectors * L;
+  for (int64_t j = 0; j < n; j += width) {
+    const int64_t cols = n - j < width ? n - j : width;
+    const int tail = static_cast<int>(cols % L);
+    const Tile<C>* by_rows = tiles<C>(static_cast<int>((cols + L - 1) / L), tail != 0);
+    for (int64_t i = 0; i < m; i += kTileRows) {
+      const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
+      by_rows[rows - 1](
+          k, a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, tail, accumulate,
+          finish, bias ? bias + j : nullptr, act);
+    }
+  }
+}
+
+// ---- packing ------------------------------------------------------------------------
+
+template <class V, class M>
+INLINE V shuffle(V a, V b, M index) {
+#if defined(__clang__)
+  constexpr int n = sizeof(M) / sizeof(index[0]);
+  V out;
+  for (int i = 0; i < n; ++i) {
+    out[i] = index[i] < n ? a[index[i]] : b[index[i] - n];
+  }
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Transpose a square of kLanes x kLanes: at step s, exchange the s x s corners of every
+// 2s x 2s square.
+template <class C>
+INLINE void transpose(vec<C> (&r)[kLanes<C>]) {
+  constexpr int L = kLanes<C>;
+  using M = typename Vector<C>::mask;
+  UNROLL
+  for (int s = 1; s < L; s *= 2) {
+    M low{}, high{};
+    UNROLL
+    for (int l = 0; l < L; ++l) {
+      low[l] = l & s ? L + l - s : l;
+      high[l] = l & s ? L + l : l + s;
+    }
+    UNROLL
+    for (int i = 0; i < L; ++i) {
+      if (!(i & s)) {
+        const vec<C> x = r[i], y = r[i + s];
+        r[i] = shuffle(x, y, low);
+        r[i + s] = shuffle(x, y, high);
+      }
+    }
+  }
+}
+
+template <class T>
+INLINE acc_t<T> widen(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return load_part(p, 1)[0];
+  } else {
+    return load_bits<T>(p);
+  }
+}
+
+template <class T>
+void pack(
+    int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, acc_t<T>* out,
+    int64_t out_row) {
+  using C = acc_t<T>;
+  constexpr int L = kLanes<C>;
+  if (in_col == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      C* to = out + i * out_row;
+      const T* from = in + i * in_row;
+      FOR_VECTORS(
+          C, cols, store(to + j, load(from + j));, store_part(to + j, load_part(from + j, n), n);)
+      for (int64_t z = cols; z < out_row; ++z) {
+        to[z] = 0;
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < out_row; c += L) {
+    const int64_t width = out_row - c < L ? out_row - c : L;
+    int64_t r = 0;
+    if (in_row == 1 && c + L <= cols) {
+      for (; r + L <= rows; r += L) {
+        vec<C> square[L];
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          square[l] = load(in + r + (c + l) * in_col);
+        }
+        transpose<C>(square);
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          store(out + (r + l) * out_row + c, square[l]);
+        }
+      }
+    }
+    for (; r < rows; ++r) {
+      for (int64_t l = 0; l < width; ++l) {
+        out[r * out_row + c + l] = c + l < cols ? widen(in + r * in_row + (c + l) * in_col) : 0;
+      }
+    }
+  }
+}
+
+template <class T>
+void finish(
+    int64_t rows, int64_t cols, const acc_t<T>* in, int64_t in_row, const T* bias, Activation act,
+    T* out, int64_t out_row) {
+  using C = acc_t<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const C* from = in + i * in_row;
+    T* to = out + i * out_row;
+    FOR_VECTORS(
+        C, cols,
+        store(to + j, activate<C>(bias ? load(from + j) + load(bias + j) : load(from + j), act));
+        , const vec<C> v = load_part(from + j, n);
+        store_part(to + j, activate<C>(bias ? v + load_part(bias + j, n) : v, act), n);)
+  }
+}
+
+template <class T>
+void mask(
+    int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, acc_t<T>* db) {
+  using C = acc_t<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* g_row = dy + i * dy_row;
+    const T* y_row = y ? y + i * cols : nullptr;
+    T* z_row = dz ? dz + i * cols : nullptr;
+    // y <= 0, not y > 0: where y is NaN the gradient passes, as in PyTorch.
+    FOR_VECTORS(
+        C, cols, vec<C> g = load(g_row + j); if (y) {
+          g = load(y_row + j) <= 0 ? vec<C>{} : g;
+        } if (z_row) { store(z_row + j, g); } if (db) { store(db + j, load(db + j) + g); },
+                                             vec<C> g = load_part(g_row + j, n);
+        if (y) { g = load_part(y_row + j, n) <= 0 ? vec<C>{} : g; } if (z_row) {
+          store_part(z_row + j, g, n);
+        } if (db) { store_part(db + j, load_part(db + j, n) + g, n); })
+  }
+}
+
+// ---- means --------------------------------------------------------------------------
+
+typedef float half_width __attribute__((vector_size(kBytes / 2)));
+using Doubles = vec<double>;
+constexpr int kDoubles = kLanes<double>;
+
+INLINE double sum_lanes(Doubles v) {
+  double s = 0;
+  for (int l = 0; l < kDoubles; ++l) {
+    s += v[l];
+  }
+  return s;
+}
+
+INLINE Doubles load_double(const double* p) { return load(p); }
+INLINE Doubles load_double(const float* p) {
+  return __builtin_convertvector(load_bits<half_width>(p), Doubles);
+}
+INLINE Doubles load_double(const bfloat16_t* p) {
+  typedef uint16_t quarter __attribute__((vector_size(kBytes / 4)));
+  typedef uint32_t wide __attribute__((vector_size(kBytes / 2)));
+  const wide bits = __builtin_convertvector(load_bits<quarter>(p), wide) << 16;
+  return __builtin_convertvector((half_width)bits, Doubles);
+}
+#if MYLAYERS_LEVEL == 2
+INLINE Doubles load_double(const half_t* p) {
+  return (Doubles)_mm512_cvtps_pd(_mm256_cvtph_ps(load_bits<__m128i>(p)));
+}
+#elif MYLAYERS_LEVEL == 1
+INLINE Doubles load_double(const half_t* p) {
+  return (Doubles)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+}
+#else
+INLINE Doubles load_double(const half_t* p) {
+  Doubles out;
+  for (int l = 0; l < kDoubles; ++l) {
+    out[l] = widen(p + l);
+  }
+  return out;
+}
+#endif
+
+// Every value is widened before it is added: a mean of float32 values then keeps full
+// float32 accuracy at any length, and costs nothing once the data outgrow the cache.
+template <class T>
+double sum(int64_t n, const T* x) {
+  constexpr int kWays = 8;  // independent sums, to cover the adder's latency
+  Doubles part[kWays] = {};
+  int64_t j = 0;
+  for (; j + kWays * kDoubles <= n; j += kWays * kDoubles) {
+    UNROLL
+    for (int w = 0; w < kWays; ++w) {
+      part[w] += load_double(x + j + w * kDoubles);
+    }
+  }
+  UNROLL
+  for (int step = kWays / 2; step > 0; step /= 2) {
+    for (int w = 0; w < step; ++w) {
+      part[w] += part[w + step];
+    }
+  }
+  double total = sum_lanes(part[0]);
+  for (; j < n; ++j) {
+    total += widen(x + j);
+  }
+  return total;
+}
+
+template <class T>
+void subtract(int64_t count, const T* x, acc_t<T> mean, T* out) {
+  using C = acc_t<T>;
+  FOR_VECTORS(
+      C, count, store(out + j, load(x + j) - mean);
+      , store_part(out + j, load_part(x + j, n) - mean, n);)
+}
+
+template <class T>
+void column_sums(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* sums) {
+  int64_t j = 0;
+  for (; j + kDoubles <= cols; j += kDoubles) {
+    Doubles s = load(sums + j);
+    for (int64_t i = 0; i < rows; ++i) {
+      s += load_double(x + i * x_row + j);
+    }
+    store(sums + j, s);
+  }
+  for (; j < cols; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      sums[j] += widen(x + i * x_row + j);
+    }
+  }
+}
+
+template <class T>
+void subtract_columns(
+    int64_t rows, int64_t cols, const T* x, int64_t x_row, const acc_t<T>* mean, T* out) {
+  using C = acc_t<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = x + i * x_row;
+    T* to = out + i * x_row;
+    FOR_VECTORS(
+        C, cols, store(to + j, load(from + j) - load(mean + j));
+        , store_part(to + j, load_part(from + j, n) - load_part(mean + j, n), n);)
+  }
+}
+
+template <class T>
+constexpr StorageKernels<T> kStorage = {
+    pack<T>, finish<T>, mask<T>, sum<T>, subtract<T>, column_sums<T>, subtract_columns<T>};
+
+constexpr Kernels kTable = {
+    MYLAYERS_STRING(MYLAYERS_ISA),
+    {block<float>},
+    {block<double>},
+    kStorage<float>,
+    kStorage<double>,
+    kStorage<half_t>,
+    kStorage<bfloat16_t>};
+
+}  // namespace
+}  // namespace mylayers::cpu::MYLAYERS_ISA
+
+#if MYLAYERS_LEVEL > 0
+MYLAYERS_TARGET_END
+#endif
+
+namespace mylayers::cpu {
+const Kernels& MYLAYERS_CONCAT(MYLAYERS_ISA, _kernels)() { return MYLAYERS_ISA::kTable; }
+}  // namespace mylayers::cpu

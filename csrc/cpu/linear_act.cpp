@@ -1,0 +1,166 @@
+// linear_act on the CPU: forward and its three gradients.
+#include "../linear_act.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "dtypes.h"
+#include "gemm.h"
+
+namespace mylayers {
+namespace cpu {
+namespace {
+
+// Rows whose bias gradient is one partial sum, on one thread.
+constexpr int64_t kRowChunk = 256;
+// Elements per thread below which masking on a second thread does not pay.
+constexpr int64_t kMaskGrain = 1 << 15;
+
+// (..., cols) seen as (rows, cols): a view where strides allow, else a copy.
+struct Rows {
+  at::Tensor owner;
+  int64_t count, cols;
+  int64_t row, col;  // strides
+
+  explicit Rows(const at::Tensor& t) : owner(t), count(1), cols(t.size(-1)), row(0), col(1) {
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) {
+      count *= t.size(d);
+    }
+    if (t.dim() == 2) {
+      row = t.stride(0);
+      col = t.stride(1);
+      return;
+    }
+    if (t.dim() > 2) {
+      owner = t.reshape({count, cols});
+      row = owner.stride(0);
+    }
+    col = owner.stride(-1);
+  }
+
+  template <class T>
+  Matrix<T> matrix() const {
+    return {data<T>(owner), row, col};
+  }
+};
+
+template <class T>
+Matrix<T> matrix(const at::Tensor& t) {
+  return {data<T>(t), t.stride(0), t.stride(1)};
+}
+
+at::Tensor contiguous(const at::Tensor& t) { return t.is_contiguous() ? t : t.contiguous(); }
+
+at::Tensor linear_act_cpu(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation) {
+  const auto act = parse_activation(activation);
+  check_linear_act(input, weight, bias);
+  if (!at::isFloatingType(input.scalar_type())) {
+    return linear_act_formula(input, weight, bias, activation);
+  }
+  const Rows x(input);
+  c10::SmallVector<int64_t, 6> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = weight.size(1);
+  const bool has_bias = bias.has_value() && bias->defined();
+  const at::Tensor b = has_bias ? contiguous(*bias) : at::Tensor();
+  const at::Tensor output = empty_like_of(input, sizes);
+  const bool known = with_storage_type(input.scalar_type(), [&]<class T>(T) {
+    gemm<T>(
+        x.count, weight.size(1), x.cols, x.matrix<T>(), matrix<T>(weight),
+        has_bias ? data<T>(b) : nullptr, act, mutable_data<T>(output));
+  });
+  return known ? output : linear_act_formula(input, weight, bias, activation);
+}
+
+// dz (rows, cols) contiguous = dy masked by y, and db = its column sums, in one pass;
+// either may be null. Row chunks are of fixed size and their sums are added in order.
+template <class T>
+void mask_and_sum(const Rows& dy, const T* y, T* dz, T* db) {
+  using C = acc_t<T>;
+  const int64_t cols = dy.cols;
+  const int64_t chunks = (dy.count + kRowChunk - 1) / kRowChunk;
+  std::vector<C> partial(db ? chunks * cols : 0);
+  const auto& storage = kernels().storage<T>();
+  const int64_t grain = std::max<int64_t>(1, kMaskGrain / (kRowChunk * std::max<int64_t>(cols, 1)));
+  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t i = s * kRowChunk;
+      storage.mask(
+          std::min(kRowChunk, dy.count - i), cols, dy.matrix<T>().at(i, 0).data, dy.row,
+          y ? y + i * cols : nullptr, dz ? dz + i * cols : nullptr,
+          db ? partial.data() + s * cols : nullptr);
+    }
+  });
+  if (db) {
+    std::vector<C> total(cols);
+    for (int64_t s = 0; s < chunks; ++s) {
+      for (int64_t j = 0; j < cols; ++j) {
+        total[j] += partial[s * cols + j];
+      }
+    }
+    storage.finish(1, cols, total.data(), cols, nullptr, Activation::kNone, db, cols);
+  }
+}
+
+Gradients linear_act_backward_cpu(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+  const auto act = parse_activation(activation);
+  check_linear_act_backward(grad_output, input, weight, output, act, mask);
+  Gradients gradients;
+  auto& [dx, dw, db] = gradients;
+  const bool known = with_storage_type(grad_output.scalar_type(), [&]<class T>(T) {
+    Rows dy(grad_output);
+    if (dy.col != 1) {
+      dy = Rows(grad_output.contiguous());
+    }
+    const int64_t rows = dy.count, units = dy.cols;
+    const bool masks = act != Activation::kNone;
+    const at::Tensor y = masks ? contiguous(*output) : at::Tensor();
+    at::Tensor dz;
+    if (mask[2]) {
+      db = empty_like_of(grad_output, {units});
+    }
+    if (masks && (mask[0] || mask[1])) {
+      dz = empty_like_of(grad_output, {rows, units});
+    }
+    if (dz.defined() || mask[2]) {
+      mask_and_sum<T>(
+          dy, masks ? data<T>(y) : nullptr, dz.defined() ? mutable_data<T>(dz) : nullptr,
+          mask[2] ? mutable_data<T>(db) : nullptr);
+    }
+    const Matrix<T> g = dz.defined() ? matrix<T>(dz) : dy.matrix<T>();
+    if (mask[0]) {
+      const int64_t in_units = weight->size(0);
+      c10::SmallVector<int64_t, 6> sizes(grad_output.sizes().begin(), grad_output.sizes().end());
+      sizes.back() = in_units;
+      dx = empty_like_of(grad_output, sizes);
+      gemm<T>(
+          rows, in_units, units, g, matrix<T>(*weight).transposed(), nullptr, Activation::kNone,
+          mutable_data<T>(dx));
+    }
+    if (mask[1]) {
+      const Rows x(*input);
+      dw = empty_like_of(grad_output, {x.cols, units});
+      gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
+    }
+  });
+  if (!known) {
+    return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
+  }
+  return gradients;
+}
+
+TORCH_LIBRARY_IMPL(mylayers, CPU, m) {
+  m.impl("linear_act", linear_act_cpu);
+  m.impl("linear_act_backward", linear_act_backward_cpu);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace mylayers
