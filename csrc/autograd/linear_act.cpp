@@ -1,0 +1,124 @@
+// The gradient of linear_act, and its rule under autocast.
+//
+//   dZ = dY * act'(Y),   dX = dZ W^T,   dW = X^T dZ,   db = sum of dZ over rows
+//
+// act' is a function of Y, so nothing is kept that the next layer does not keep anyway.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "../linear_act.h"
+#include "exits.h"
+
+namespace mylayers {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+ActivationName activation_name(Activation activation) {
+  return activation == Activation::kRelu ? ActivationName("relu") : std::nullopt;
+}
+
+struct LinearAct : torch::autograd::Function<LinearAct> {
+  static constexpr bool is_traceable = true;  // compiled autograd may trace backward
+
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
+      const at::Tensor& bias, int64_t activation, bool needs_input, bool needs_weight) {
+    const auto act = static_cast<Activation>(activation);
+    at::Tensor output;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      output = linear_act(
+          input, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt,
+          activation_name(act));
+    }
+    // Each factor of the product is read by the other's gradient alone.
+    ctx->save_for_backward(
+        {needs_weight ? input : at::Tensor(), needs_input ? weight : at::Tensor(),
+         act == Activation::kNone ? at::Tensor() : output});
+    ctx->saved_data["activation"] = activation;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [&](size_t i) {
+      return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
+    };
+    const GradientMask mask = {
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    const auto act = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    auto [input, weight, bias] = linear_act_backward(
+        grads[0], optional(0), optional(1), optional(2), activation_name(act), mask);
+    return {input, weight, bias, at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
+at::Tensor linear_act_autograd(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation) {
+  const at::Tensor none;
+  const at::Tensor& b = bias.has_value() ? *bias : none;
+  if (takes_formula({&input, &weight, &b})) {
+    return linear_act_formula(input, weight, bias, activation);
+  }
+  if (records_gradient({&input, &weight, &b})) {
+    return LinearAct::apply(
+        input, weight, b, static_cast<int64_t>(parse_activation(activation)), input.requires_grad(),
+        weight.requires_grad());
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_act(input, weight, bias, activation);
+}
+
+// Double backward: as soon as a gradient of the gradient is to be recorded, the formula.
+Gradients linear_act_backward_autograd(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+  const at::Tensor none;
+  const std::initializer_list<const at::Tensor*> args = {
+      &grad_output, input.has_value() ? &*input : &none, weight.has_value() ? &*weight : &none,
+      output.has_value() ? &*output : &none};
+  if (takes_formula(args) || records_gradient(args)) {
+    return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return linear_act_backward(grad_output, input, weight, output, activation, mask);
+}
+
+// Under autocast the whole layer computes in the autocast dtype, as F.linear does.
+template <c10::DeviceType kDevice>
+at::Tensor linear_act_autocast(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation) {
+  const c10::impl::ExcludeDispatchKeyGuard once(
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)));
+  const auto dtype = at::autocast::get_autocast_dtype(kDevice);
+  return linear_act(
+      at::autocast::cached_cast(dtype, input, kDevice),
+      at::autocast::cached_cast(dtype, weight, kDevice),
+      at::autocast::cached_cast(dtype, bias, kDevice), activation);
+}
+
+TORCH_LIBRARY_IMPL(mylayers, Autograd, m) {
+  m.impl("linear_act", linear_act_autograd);
+  m.impl("linear_act_backward", linear_act_backward_autograd);
+}
+TORCH_LIBRARY_IMPL(mylayers, AutocastCPU, m) {
+  m.impl("linear_act", linear_act_autocast<c10::DeviceType::CPU>);
+}
+TORCH_LIBRARY_IMPL(mylayers, AutocastCUDA, m) {
+  m.impl("linear_act", linear_act_autocast<c10::DeviceType::CUDA>);
+}
+TORCH_LIBRARY_IMPL(mylayers, AutocastXPU, m) {
+  m.impl("linear_act", linear_act_autocast<c10::DeviceType::XPU>);
+}
+TORCH_LIBRARY_IMPL(mylayers, AutocastMPS, m) {
+  m.impl("linear_act", linear_act_autocast<c10::DeviceType::MPS>);
+}
+
+}  // namespace
+}  // namespace mylayers

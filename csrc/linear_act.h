@@ -1,0 +1,53 @@
+// mylayers::linear_act: what every backend shares.
+//
+//   linear_act(X, W, b, act) = act(X @ W + b)
+//   X (..., in_units) or (in_units), W (in_units, units), b (units) or none
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "activation.h"
+
+namespace mylayers {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using ActivationName = std::optional<std::string_view>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // input, weight, bias
+using GradientMask = std::array<bool, 3>;
+
+// "relu" or none; ValueError for any other name.
+Activation parse_activation(ActivationName name);
+
+// Shapes, dtypes and devices of one call; RuntimeError (as torch.nn.functional.linear
+// gives) naming operator, argument, expected and got.
+void check_linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias);
+void check_linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask);
+
+// Through the dispatcher.
+at::Tensor linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation);
+// The gradients that the mask asks for, the others undefined. Only the weight's gradient
+// reads input, only the input's reads weight, only an activation reads output: each may be
+// none where it is not read.
+Gradients linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask);
+
+// The ATen formulas: differentiable, right for every device, dtype, layout and transform.
+at::Tensor linear_act_formula(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation);
+Gradients linear_act_backward_formula(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask);
+
+}  // namespace mylayers

@@ -1,0 +1,177 @@
+// Every operator's schema, its way through the dispatcher and the checks on its
+// arguments. Kernels register themselves at the end of their own files.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/irange.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "center.h"
+#include "linear_act.h"
+
+TORCH_LIBRARY(mylayers, m) {
+  m.set_python_module("mylayers");
+  m.def(
+      "linear_act(Tensor input, Tensor weight, Tensor? bias=None, str? activation=\"relu\") "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear_act_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, "
+      "str? activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("center(Tensor input, int[1]? dim=None) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+
+namespace mylayers {
+namespace {
+
+// "linear_act: weight must be on cpu like input; got meta", and the same for dtypes.
+void check_like(
+    const char* op, const char* name, const at::Tensor& t, const char* first_name,
+    const at::Tensor& first) {
+  TORCH_CHECK(
+      t.device() == first.device(), op, ": ", name, " must be on ", first.device(), " like ",
+      first_name, "; got ", t.device());
+  TORCH_CHECK(
+      t.scalar_type() == first.scalar_type(), op, ": ", name, " must have the dtype of ",
+      first_name, ", ", first.scalar_type(), "; got ", t.scalar_type());
+}
+
+void check_weight_rank(const char* op, const at::Tensor& weight) {
+  TORCH_CHECK(
+      weight.dim() == 2, op, ": weight must be 2-D, (in_units, units); got ", weight.dim(), "-D, ",
+      weight.sym_sizes());
+}
+
+void check_input_rank(const char* op, const char* name, const at::Tensor& input) {
+  TORCH_CHECK(
+      input.dim() >= 1, op, ": ", name, " must have at least one dimension, (..., ",
+      name == std::string_view("input") ? "in_units" : "units", "); got a 0-D tensor");
+}
+
+const at::Tensor& require(const char* name, const OptionalTensor& t, const char* purpose) {
+  TORCH_CHECK_VALUE(
+      t.has_value() && t->defined(), "linear_act_backward: ", name, " must be a tensor for ",
+      purpose, "; got None");
+  return *t;
+}
+
+}  // namespace
+
+Activation parse_activation(ActivationName name) {
+  if (!name.has_value()) {
+    return Activation::kNone;
+  }
+  TORCH_CHECK_VALUE(
+      *name == "relu", "linear_act: activation must be \"relu\" or None; got \"", *name, "\"");
+  return Activation::kRelu;
+}
+
+void check_linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
+  constexpr const char* op = "linear_act";
+  check_like(op, "weight", weight, "input", input);
+  check_weight_rank(op, weight);
+  check_input_rank(op, "input", input);
+  TORCH_SYM_CHECK(
+      input.sym_size(-1).sym_eq(weight.sym_size(0)), op,
+      ": weight must be (in_units, units) with in_units = ", input.sym_size(-1), " to match input ",
+      input.sym_sizes(), "; got weight ", weight.sym_sizes());
+  if (bias.has_value() && bias->defined()) {
+    check_like(op, "bias", *bias, "input", input);
+    TORCH_CHECK(
+        bias->dim() == 1, op, ": bias must be 1-D, (units); got ", bias->dim(), "-D, ",
+        bias->sym_sizes());
+    TORCH_SYM_CHECK(
+        bias->sym_size(0).sym_eq(weight.sym_size(1)), op,
+        ": bias must be (units) with units = ", weight.sym_size(1), " to match weight ",
+        weight.sym_sizes(), "; got bias ", bias->sym_sizes());
+  }
+}
+
+void check_linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
+  constexpr const char* op = "linear_act_backward";
+  check_input_rank(op, "grad_output", grad_output);
+  // t has the sizes of grad_output in all dimensions but the last `free`.
+  const auto check_sizes = [&](const char* name, const at::Tensor& t, int64_t free) {
+    check_like(op, name, t, "grad_output", grad_output);
+    bool same = t.dim() == grad_output.dim();
+    for (int64_t d = 0; same && d < t.dim() - free; ++d) {
+      same = t.sym_size(d) == grad_output.sym_size(d);
+    }
+    TORCH_CHECK(
+        same, op, ": ", name, " must have the sizes of grad_output, ", grad_output.sym_sizes(),
+        free ? ", but for the last" : "", "; got ", t.sym_sizes());
+  };
+  if (mask[0]) {
+    const auto& w = require("weight", weight, "the gradient of input");
+    check_like(op, "weight", w, "grad_output", grad_output);
+    check_weight_rank(op, w);
+    TORCH_SYM_CHECK(
+        w.sym_size(1).sym_eq(grad_output.sym_size(-1)), op,
+        ": weight must be (in_units, units) with units = ", grad_output.sym_size(-1),
+        " to match grad_output ", grad_output.sym_sizes(), "; got weight ", w.sym_sizes());
+  }
+  if (mask[1]) {
+    check_sizes("input", require("input", input, "the gradient of weight"), 1);
+  }
+  if (activation != Activation::kNone) {
+    check_sizes("output", require("output", output, "an activation's derivative"), 0);
+  }
+}
+
+c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIntArrayRef dim) {
+  const int64_t rank = input.dim();
+  c10::SmallVector<int64_t, 6> dims;
+  if (!dim.has_value() || dim->empty()) {
+    for (const auto d : c10::irange(rank)) {
+      dims.push_back(d);
+    }
+    return dims;
+  }
+  const int64_t wrap = std::max<int64_t>(rank, 1);  // a 0-D tensor takes dim 0 and -1
+  for (const int64_t d : *dim) {
+    TORCH_CHECK_INDEX(
+        d >= -wrap && d < wrap, "center: dim must be in [", -wrap, ", ", wrap - 1, "] for a ", rank,
+        "-D input; got ", d);
+    const int64_t wrapped = d < 0 ? d + wrap : d;
+    TORCH_CHECK(
+        std::find(dims.begin(), dims.end(), wrapped) == dims.end(),
+        "center: dim must name each dimension once; got dimension ", wrapped, " twice in ", *dim);
+    dims.push_back(wrapped);
+  }
+  std::sort(dims.begin(), dims.end());
+  if (rank == 0) {
+    dims.clear();
+  }
+  return dims;
+}
+
+at::Tensor linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mylayers::linear_act", "")
+                             .typed<decltype(linear_act)>();
+  return op.call(input, weight, bias, activation);
+}
+
+Gradients linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mylayers::linear_act_backward", "")
+                             .typed<decltype(linear_act_backward)>();
+  return op.call(grad_output, input, weight, output, activation, mask);
+}
+
+at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mylayers::center", "")
+                             .typed<decltype(center)>();
+  return op.call(input, dim);
+}
+
+}  // namespace mylayers
