@@ -1,0 +1,12 @@
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+__file__: str
+
+def linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "relu"
+) -> Tensor: ...
+def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor: ...
+def build_info() -> dict[str, Any]: ...

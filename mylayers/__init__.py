@@ -1,0 +1,43 @@
+"""PyTorch layers with compiled, fused kernels.
+
+``MyLinear`` computes ``relu(X @ weight + bias)`` and ``CenteredLayer`` ``X - X.mean()``,
+each in one call of one operator, forward and backward. ``mylayers.functional`` has the same
+as functions, ``mylayers.reference`` the formulas in plain PyTorch.
+"""
+
+import importlib.machinery
+import os
+import sys
+
+if not any(
+    os.path.isfile(os.path.join(__path__[0], "_C" + suffix))
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES
+):
+    # This is the source folder, on sys.path because Python was started beside it; it
+    # shadows the installed package, which has the compiled half. Every submodule is taken
+    # from there, so that what runs is what was installed.
+    _here = os.path.dirname(os.path.abspath(__path__[0]))
+    _spec = importlib.machinery.PathFinder.find_spec(
+        __name__, [p for p in sys.path if os.path.abspath(p or os.curdir) != _here]
+    )
+    if _spec is None or not _spec.submodule_search_locations:
+        raise ImportError(
+            f"mylayers was imported from its source folder, {__path__[0]}, where it is not "
+            "compiled, and it is not installed in this environment. Install it with "
+            f"'pip install {_here}'."
+        )
+    __path__[:] = _spec.submodule_search_locations
+
+from mylayers import functional, reference
+from mylayers._extension import build_info
+from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
+
+__all__ = [
+    "CenteredLayer",
+    "LazyMyLinear",
+    "MyLinear",
+    "build_info",
+    "functional",
+    "reference",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,43 @@
+"""Loads the compiled half, ``mylayers._C``, under the torch it was built for."""
+
+import os
+from typing import Any
+
+import torch
+
+from mylayers._built_for import TORCH as _BUILT_FOR
+
+
+def _series(version: str) -> str:
+    """``"2.13"`` of ``"2.13.0+cpu"``: the part across which PyTorch's C++ ABI changes."""
+    return ".".join(version.split(".")[:2])
+
+
+if _series(torch.__version__) != _series(_BUILT_FOR):
+    raise ImportError(
+        f"mylayers was compiled for torch {_series(_BUILT_FOR)} ({_BUILT_FOR}) and cannot be "
+        f"loaded into torch {torch.__version__}. Build it again for the torch that is installed, "
+        "from a checkout of mylayers: pip install --force-reinstall --no-deps ."
+    )
+
+from mylayers import _C  # noqa: E402  (only once the versions are known to agree)
+
+__all__ = ["_C", "build_info"]
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled half was built with and which kernels it runs here.
+
+    Returns:
+        ``torch``: the version compiled against; ``compiler``; ``cplusplus``: the standard
+        (``__cplusplus``); ``instruction_sets``: those compiled; ``kernels``: the one that
+        this processor runs (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels
+        are); ``openmp``: whether kernels share PyTorch's threads; ``cuda``: the version
+        compiled for, or None; ``file``: the extension's path.
+
+    Example:
+        >>> import mylayers
+        >>> sorted(mylayers.build_info())[:4]
+        ['compiler', 'cplusplus', 'cuda', 'file']
+    """
+    return {**_C.build_info(), "file": os.path.abspath(_C.__file__)}

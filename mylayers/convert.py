@@ -1,0 +1,58 @@
+"""From and to stock modules. The parameters are copied, the weight transposed."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
+
+if TYPE_CHECKING:
+    from mylayers.layers import MyLinear
+
+__all__ = ["linear_from", "linear_to"]
+
+Layer = TypeVar("Layer", bound="MyLinear")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def linear_from(cls: type[Layer], linear: nn.Linear, activation: str | None) -> Layer:
+    """See :meth:`mylayers.MyLinear.from_linear`."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(
+            f"MyLinear.from_linear: linear must be an nn.Linear; got {type(linear).__name__}"
+        )
+    weight = linear.weight
+    layer = skip_init(  # no random numbers drawn: the caller's generator stays where it was
+        cls,
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        activation,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return _copied(layer, linear)
+
+
+def linear_to(layer: "MyLinear") -> nn.Linear:
+    """See :meth:`mylayers.MyLinear.to_linear`."""
+    weight = layer.weight
+    linear = skip_init(
+        nn.Linear,
+        layer.in_units,
+        layer.units,
+        layer.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return _copied(linear, layer)
+
+
+def _copied(target: Module, source: nn.Module) -> Module:
+    with torch.no_grad():
+        target.weight.copy_(source.weight.T)
+        target.weight.requires_grad_(source.weight.requires_grad)
+        if source.bias is not None:
+            target.bias.copy_(source.bias)
+            target.bias.requires_grad_(source.bias.requires_grad)
+    return target.train(source.training)

@@ -1,0 +1,104 @@
+"""The operators as functions. ``mylayers.layers`` wraps them in modules.
+
+An eager call of plain tensors goes straight into the extension, which hands it to
+PyTorch's dispatcher; that saves the argument parsing of ``torch.ops``. Where something
+watches calls by their Python name (a compiler, ``torch.jit.trace``, a tensor or mode that
+overrides ``__torch_function__``), the call goes through ``torch.ops`` so that it is seen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from mylayers._extension import _C
+
+__all__ = ["center", "linear_act"]
+
+
+def linear_act(
+    input: Tensor,  # noqa: A002  (torch.nn.functional's name)
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    r"""Affine map and activation in one pass: ``act(input @ weight + bias)``.
+
+    Args:
+        input: ``(..., in_units)`` or ``(in_units)``, any strides. float32, float64, float16
+            and bfloat16 run compiled kernels; every other dtype, layout or device takes the
+            same formula in PyTorch's own operators.
+        weight: ``(in_units, units)``, any strides; dtype and device of ``input``. (The
+            transpose of ``torch.nn.functional.linear``'s.)
+        bias: ``(units)``, or None for no bias.
+        activation: ``"relu"`` or None.
+
+    Returns:
+        ``(..., units)``, contiguous. Sums are formed in float32 for the 16-bit dtypes and in
+        the dtype itself for the others, and rounded once. A row's result does not depend on
+        the other rows nor on the number of threads, to the bit.
+
+    Raises:
+        TypeError: an argument is not a tensor, or ``activation`` not a string.
+        ValueError: ``activation`` is an unknown name.
+        RuntimeError: shapes, dtypes or devices do not fit together.
+
+    Source:
+        csrc/cpu/linear_act.cpp; the gradient in csrc/autograd/linear_act.cpp.
+
+    Example:
+        >>> import torch
+        >>> from mylayers.functional import linear_act
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+        >>> weight, bias = torch.eye(2), torch.tensor([0.5, 0.5])
+        >>> linear_act(x, weight, bias)
+        tensor([[1.5000, 2.5000],
+                [3.5000, 0.0000]])
+    """
+    if (
+        torch.compiler.is_compiling()
+        or has_torch_function_variadic(input, weight, bias)
+        or torch._C._get_tracing_state() is not None
+    ):
+        return torch.ops.mylayers.linear_act(input, weight, bias, activation)  # type: ignore[no-any-return]
+    return _C.linear_act(input, weight, bias, activation)
+
+
+def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:  # noqa: A002
+    r"""Subtract the mean: ``input - input.mean(dim, keepdim=True)``.
+
+    Args:
+        input: any shape and strides. float32, float64, float16 and bfloat16 run compiled
+            kernels; every other dtype, layout or device takes the same formula in PyTorch's
+            own operators.
+        dim: the dimension or dimensions to average over; all of them if None or empty, as
+            in ``torch.mean``.
+
+    Returns:
+        A tensor of ``input``'s shape. Values are summed in float64, the mean is rounded to
+        the dtype of ``input``. The result does not depend on the number of threads, to the
+        bit.
+
+    Raises:
+        TypeError: ``input`` is not a tensor, or ``dim`` not an integer or sequence of them.
+        IndexError: ``dim`` is out of range.
+        RuntimeError: ``dim`` names a dimension twice, or the dtype has no mean (integers).
+
+    Source:
+        csrc/cpu/center.cpp; the gradient, which is the operator itself, in
+        csrc/autograd/center.cpp.
+
+    Example:
+        >>> import torch
+        >>> from mylayers.functional import center
+        >>> center(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+        tensor([-2., -1.,  0.,  1.,  2.])
+    """
+    if (
+        torch.compiler.is_compiling()
+        or has_torch_function_variadic(input)
+        or torch._C._get_tracing_state() is not None
+    ):
+        return torch.ops.mylayers.center(input, dim)  # type: ignore[no-any-return]
+    return _C.center(input, dim)

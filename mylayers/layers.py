@@ -1,0 +1,284 @@
+"""The layers as modules: parameters, initialisation, repr and state; functional computes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import Parameter, UninitializedParameter
+
+from mylayers import functional
+from mylayers.convert import linear_from, linear_to
+
+__all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
+
+
+def _size(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"MyLinear: {name} must be an int; got {type(value).__name__}")
+    size = int(value.__index__())
+    if size < 0:
+        raise ValueError(f"MyLinear: {name} must not be negative; got {size}")
+    return size
+
+
+class MyLinear(nn.Module):
+    r"""A dense layer with its activation: ``relu(X @ weight + bias)`` in one operator.
+
+    Args:
+        in_units: size of each input row.
+        units: size of each output row.
+        bias: whether to add a learnt bias.
+        activation: ``"relu"`` or None.
+        device: where the parameters are made.
+        dtype: floating dtype of the parameters.
+
+    Shape:
+        input ``(..., in_units)``, output ``(..., units)``.
+
+    Attributes:
+        weight: ``(in_units, units)``: the transpose of ``nn.Linear``'s. ``nn.init.xavier_*``
+            treats both alike; ``nn.init.kaiming_*`` reads the fan-in from dimension 1, so pass
+            it ``weight.T``.
+        bias: ``(units)``, or None.
+
+    Raises:
+        TypeError: a size is not an integer, or ``activation`` neither a string nor None.
+        ValueError: a size is negative, or ``activation`` is an unknown name.
+
+    Source:
+        :func:`mylayers.functional.linear_act`.
+
+    Example:
+        >>> import torch
+        >>> from mylayers import MyLinear
+        >>> layer = MyLinear(5, 3)
+        >>> layer(torch.rand(2, 5)).shape
+        torch.Size([2, 3])
+        >>> layer
+        MyLinear(in_units=5, units=3, bias=True, activation='relu')
+    """
+
+    __constants__ = ["activation", "in_units", "units"]  # noqa: RUF012  (torch.nn's protocol)
+
+    in_units: int
+    units: int
+    activation: str | None
+    weight: Parameter
+    bias: Parameter | None
+
+    def __init__(
+        self,
+        in_units: int,
+        units: int,
+        bias: bool = True,
+        activation: str | None = "relu",
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_units = _size("in_units", in_units)
+        self.units = _size("units", units)
+        if activation is not None and not isinstance(activation, str):
+            raise TypeError(
+                f"MyLinear: activation must be a str or None; got {type(activation).__name__}"
+            )
+        if activation not in ("relu", None):
+            raise ValueError(f'MyLinear: activation must be "relu" or None; got {activation!r}')
+        self.activation = activation
+        self._make_parameters(bias, device, dtype)
+        self.reset_parameters()
+
+    def _make_parameters(
+        self, bias: bool, device: torch.device | str | int | None, dtype: torch.dtype | None
+    ) -> None:
+        self.weight = Parameter(torch.empty(self.in_units, self.units, device=device, dtype=dtype))
+        if bias:
+            self.bias = Parameter(torch.empty(self.units, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew from the standard normal distribution, weight first.
+
+        For one seed these are the very values of ``torch.randn(in_units, units)`` followed by
+        ``torch.randn(units)``.
+        """
+        nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.normal_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """``act(input @ weight + bias)``; see :func:`mylayers.functional.linear_act`."""
+        return functional.linear_act(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        """Sizes, bias and activation, as the constructor takes them."""
+        return (
+            f"in_units={self.in_units}, units={self.units}, bias={self.bias is not None}, "
+            f"activation={self.activation!r}"
+        )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, activation: str | None = "relu") -> "MyLinear":
+        """A layer with the values of a stock one: ``act(linear(X))``.
+
+        Args:
+            linear: its parameters are copied, the weight transposed; dtype, device,
+                ``requires_grad`` and training mode are kept.
+            activation: ``"relu"`` or None.
+
+        Returns:
+            A new layer that shares nothing with ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear``.
+
+        Example:
+            >>> import torch
+            >>> from mylayers import MyLinear
+            >>> linear = torch.nn.Linear(2, 1)
+            >>> x = torch.arange(12.0).reshape(6, 2)
+            >>> torch.allclose(MyLinear.from_linear(linear)(x), torch.relu(linear(x)))
+            True
+        """
+        return linear_from(cls, linear, activation)
+
+    def to_linear(self) -> nn.Linear:
+        """The affine part as a stock ``nn.Linear``, copied; the activation is left to the caller.
+
+        Returns:
+            A new layer that shares nothing with this one; dtype, device, ``requires_grad`` and
+            training mode are kept.
+
+        Example:
+            >>> import torch
+            >>> from mylayers import MyLinear
+            >>> layer, x = MyLinear(4, 3), torch.rand(2, 4)
+            >>> torch.allclose(torch.relu(layer.to_linear()(x)), layer(x))
+            True
+        """
+        return linear_to(self)
+
+
+class LazyMyLinear(LazyModuleMixin, MyLinear):  # type: ignore[misc]
+    r"""A :class:`MyLinear` that takes ``in_units`` from its first input, then becomes one.
+
+    Args:
+        units: size of each output row.
+        bias: whether to add a learnt bias.
+        activation: ``"relu"`` or None.
+        device: where the parameters are made.
+        dtype: floating dtype of the parameters.
+
+    Shape:
+        input ``(..., in_units)``, output ``(..., units)``.
+
+    Raises:
+        TypeError, ValueError: as :class:`MyLinear`.
+
+    Source:
+        :func:`mylayers.functional.linear_act`.
+
+    Example:
+        >>> import torch
+        >>> from mylayers import LazyMyLinear
+        >>> layer = LazyMyLinear(3)
+        >>> layer(torch.rand(2, 5)).shape
+        torch.Size([2, 3])
+        >>> layer
+        MyLinear(in_units=5, units=3, bias=True, activation='relu')
+    """
+
+    cls_to_become = MyLinear  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        units: int,
+        bias: bool = True,
+        activation: str | None = "relu",
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(0, units, bias, activation, device=device, dtype=dtype)
+
+    def _make_parameters(
+        self, bias: bool, device: torch.device | str | int | None, dtype: torch.dtype | None
+    ) -> None:
+        self.weight = UninitializedParameter(device=device, dtype=dtype)
+        if bias:
+            self.bias = UninitializedParameter(device=device, dtype=dtype)
+        else:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters, once their sizes are known."""
+        if not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]  # noqa: A002
+        """Take ``in_units`` from ``input``, then make and draw the parameters."""
+        if self.has_uninitialized_params():
+            with torch.no_grad():
+                self.in_units = input.shape[-1]
+                self.weight.materialize((self.in_units, self.units))  # type: ignore[attr-defined]
+                if self.bias is not None:
+                    self.bias.materialize((self.units,))  # type: ignore[attr-defined]
+                self.reset_parameters()
+
+
+class CenteredLayer(nn.Module):
+    r"""Subtract the mean: ``X - X.mean()``, in one operator.
+
+    Args:
+        dim: the dimension or dimensions to average over; all of them if None.
+
+    Shape:
+        input of any shape, output of the same.
+
+    Raises:
+        TypeError: ``dim`` is not None, an integer or a sequence of integers.
+
+    Source:
+        :func:`mylayers.functional.center`.
+
+    Example:
+        >>> import torch
+        >>> from mylayers import CenteredLayer
+        >>> CenteredLayer()(torch.FloatTensor([1, 2, 3, 4, 5]))
+        tensor([-2., -1.,  0.,  1.,  2.])
+    """
+
+    __constants__ = ["dim"]  # noqa: RUF012  (torch.nn's protocol)
+
+    dim: int | tuple[int, ...] | None
+
+    def __init__(self, dim: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.dim = self._checked(dim)
+
+    @staticmethod
+    def _checked(dim: Any) -> int | tuple[int, ...] | None:
+        if dim is None:
+            return None
+        single = hasattr(dim, "__index__")
+        values = (dim,) if single else dim
+        if not isinstance(values, Sequence) or not all(
+            hasattr(d, "__index__") and not isinstance(d, bool) for d in values
+        ):
+            raise TypeError(
+                f"CenteredLayer: dim must be None, an int or a sequence of ints; got {dim!r}"
+            )
+        dims = tuple(int(d.__index__()) for d in values)
+        return dims[0] if single else dims
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """``input - input.mean(dim)``; see :func:`mylayers.functional.center`."""
+        return functional.center(input, self.dim)
+
+    def extra_repr(self) -> str:
+        """The dimensions, unless all."""
+        return "" if self.dim is None else f"dim={self.dim}"
