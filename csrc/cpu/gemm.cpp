@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -9,8 +11,16 @@
 namespace mylayers::cpu {
 namespace {
 
-constexpr int64_t kRowBlock = 240;    // rows of a per task: 240 x 256 float32 fit level-2 cache
-constexpr int64_t kDepthBlock = 256;  // rows of a panel of b: 256 x 64 float32 are 64 KiB
+// One task: at most this many rows of a and columns of b. Its share of the output, and of a
+// for one depth, then stay in level-2 cache, while rows of b are read in runs of 2 KiB.
+constexpr int64_t kRowBlock = 240;
+constexpr int64_t kColumnBlock = 512;
+// Rows of b per pass over the task: 256 x 64 float32, a panel, are 64 KiB. A few rows of a do
+// not wait for arithmetic but for b to come from memory, and 32 rows at a time arrive faster
+// than 256, in as many streams as the processor prefetches.
+constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kStreamDepth = 32;
+constexpr int64_t kStreamRows = 24;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kWidestLane = 16;
 // Multiply-adds below which a second thread costs more than it saves.
@@ -35,6 +45,84 @@ class Scratch {
   c10::DataPtr memory_;
 };
 
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+// Whether bfloat16 products go through oneDNN's generated micro-kernels, as PyTorch calls
+// them: they reach the AMX and AVX512-BF16 units, which twice to many times outrun float32.
+// Without such units widening to float32 is faster. DNNL_MAX_CPU_ISA may forbid what the
+// processor could do, so one product is tried.
+bool has_bf16_units() {
+  static const bool usable = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) {
+      return false;
+    }
+    const at::BFloat16 a[2] = {1, 2};
+    const at::BFloat16 b[2 * kPanel] = {3, 4};
+    float c[kPanel];
+    try {
+      at::native::cpublas::brgemm(1, 16, 2, 2, kPanel, kPanel, false, a, b, c);
+      at::native::cpublas::brgemm_release();
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return c[0] == 11;
+  }();
+  return usable && at::globalContext().userEnabledMkldnn();
+}
+
+// One kernel is generated and kept for each number of rows, so those are the powers of two
+// up to this.
+constexpr int64_t kUnitRows = 64;
+
+// As gemm_serial, on the 16-bit matrix units. Depth is cut at fixed places, and the unit sums
+// in an order that depends on the depth alone, so here too a row's bits are its own.
+template <class Out>
+void gemm_serial_bf16(
+    int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
+    const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
+  const auto& pairs = kernels().bf16_pairs;
+  const int64_t even_k = round_up(k, 2);
+  const int64_t panels = ceil_div(n, kPanel);
+  const int64_t panel_size = std::min(even_k, kDepthBlock) * kPanel;
+  const bool copy_a = a.col != 1 || k != even_k;
+  const Scratch<bfloat16_t> a_rows(copy_a ? m * even_k : 0);
+  const Scratch<bfloat16_t> b_panels(panels * panel_size);
+  const Scratch<float> sums(panels * m * kPanel);
+  if (copy_a) {
+    pairs.copy(m, k, a.data, a.row, a.col, a_rows.get(), even_k);
+    a = {a_rows.get(), even_k, 1};
+  }
+  for (int64_t p = 0; p < k; p += kDepthBlock) {
+    const int64_t depth = std::min(kDepthBlock, k - p);
+    pairs.pack_pairs(depth, n, b.at(p, 0).data, b.row, b.col, b_panels.get(), panel_size);
+    for (int64_t j = 0; j < panels; ++j) {
+      for (int64_t i = 0; i < m;) {
+        int64_t rows = kUnitRows;
+        while (rows > m - i) {
+          rows /= 2;
+        }
+        at::native::cpublas::brgemm(
+            rows, round_up(std::min(kPanel, n - j * kPanel), kWidestLane), round_up(depth, 2),
+            a.row, kPanel, kPanel, p > 0, reinterpret_cast<const at::BFloat16*>(a.at(i, p).data),
+            reinterpret_cast<const at::BFloat16*>(b_panels.get() + j * panel_size),
+            sums.get() + (j * m + i) * kPanel);
+        i += rows;
+      }
+    }
+  }
+  at::native::cpublas::brgemm_release();  // AMX's tiles, which oneDNN's own products set up anew
+  for (int64_t j = 0; j < panels; ++j) {
+    const int64_t cols = std::min(kPanel, n - j * kPanel);
+    const float* in = sums.get() + j * m * kPanel;
+    if constexpr (std::is_same_v<Out, float>) {
+      kernels().f32.finish(m, cols, in, kPanel, nullptr, act, c + j * kPanel, c_row);
+    } else {
+      kernels().bf16.finish(
+          m, cols, in, kPanel, bias ? bias + j * kPanel : nullptr, act, c + j * kPanel, c_row);
+    }
+  }
+}
+#endif
+
 // act(a (m, k) @ b (k, n) + bias) into c, on this thread. Out is T, or acc_t<T> for
 // partial sums (then bias must be null).
 template <class T, class Out>
@@ -42,63 +130,62 @@ void gemm_serial(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act,
     Out* c, int64_t c_row) {
   using C = acc_t<T>;
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    if (k > 0 && has_bf16_units()) {
+      return gemm_serial_bf16(m, n, k, a, b, bias, act, c, c_row);
+    }
+  }
+#endif
   const auto& product = kernels().product<C>();
   const auto& storage = kernels().storage<T>();
   constexpr bool kWiden = !std::is_same_v<T, C>;     // 16-bit input: widen while packing
   constexpr bool kNarrow = !std::is_same_v<Out, C>;  // 16-bit output: sum in scratch
   const bool pack_b = kWiden || b.col != 1;
+  const int64_t depth_block = m <= kStreamRows && !pack_b ? kStreamDepth : kDepthBlock;
 
-  const Scratch<C> b_panel(pack_b ? std::min(k, kDepthBlock) * kPanel : 0);
+  const Scratch<C> b_panel(pack_b ? std::min(k, depth_block) * kPanel : 0);
   const Scratch<C> a_wide(kWiden ? m * k : 0);
-  const Scratch<C> c_wide(kNarrow ? m * std::min(n, kPanel) : 0);
+  const Scratch<C> c_wide(kNarrow ? m * n : 0);
+  Matrix<C> a_in;
+  C* sums;
+  int64_t sums_row;
+  const C* add = nullptr;
   if constexpr (kWiden) {
     storage.pack(m, k, a.data, a.row, a.col, a_wide.get(), k);
+    a_in = {a_wide.get(), k, 1};
+  } else {
+    a_in = a;
+    add = bias;
   }
-  for (int64_t j = 0; j < n; j += kPanel) {
-    const int64_t cols = std::min(kPanel, n - j);
-    C* sums;
-    int64_t sums_row;
-    if constexpr (kNarrow) {
-      sums = c_wide.get();
-      sums_row = cols;
-    } else {
-      sums = c + j;
-      sums_row = c_row;
-    }
-    int64_t p = 0;
-    do {  // once even for k = 0: the result is then act(bias)
-      const int64_t depth = std::min(kDepthBlock, k - p);
-      const bool last = p + depth == k;
-      const Matrix<T> b_block = b.at(p, j);
-      const C* b_data;
-      int64_t b_row = b.row;
+  if constexpr (kNarrow) {
+    sums = c_wide.get();
+    sums_row = n;
+  } else {
+    sums = c;
+    sums_row = c_row;
+  }
+  int64_t p = 0;
+  do {  // once even for k = 0: the result is then act(bias)
+    const int64_t depth = std::min(depth_block, k - p);
+    const bool finish = !kNarrow && p + depth == k;
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t cols = std::min(kPanel, n - j);
+      Matrix<C> b_in;
       if (pack_b) {
-        b_row = round_up(cols, kWidestLane);
-        storage.pack(depth, cols, b_block.data, b.row, b.col, b_panel.get(), b_row);
-        b_data = b_panel.get();
-      }
-      const C* a_data;
-      int64_t a_row, a_col;
-      const C* add = nullptr;
-      if constexpr (kWiden) {
-        a_data = a_wide.get() + p;
-        a_row = k;
-        a_col = 1;
-      } else {
-        a_data = a.at(0, p).data;
-        a_row = a.row;
-        a_col = a.col;
-        b_data = pack_b ? b_data : b_block.data;
-        add = bias ? bias + j : nullptr;
+        b_in = {b_panel.get(), round_up(cols, kWidestLane), 1};
+        storage.pack(depth, cols, b.at(p, j).data, b.row, b.col, b_panel.get(), b_in.row);
+      } else if constexpr (!kWiden) {
+        b_in = b.at(p, j);
       }
       product.block(
-          m, cols, depth, a_data, a_row, a_col, b_data, b_row, sums, sums_row, p > 0,
-          !kNarrow && last, add, act);
-      p += depth;
-    } while (p < k);
-    if constexpr (kNarrow) {
-      storage.finish(m, cols, sums, sums_row, bias ? bias + j : nullptr, act, c + j, c_row);
+          m, cols, depth, a_in.at(0, p).data, a_in.row, a_in.col, b_in.data, b_in.row, sums + j,
+          sums_row, p > 0, finish, add ? add + j : nullptr, act);
     }
+    p += depth;
+  } while (p < k);
+  if constexpr (kNarrow) {
+    storage.finish(m, n, sums, n, bias, act, c, c_row);
   }
 }
 
@@ -121,16 +208,17 @@ void gemm(
   }
   const int64_t rows = round_up(ceil_div(m, row_blocks), m > kTileRows ? kTileRows : 1);
   row_blocks = ceil_div(m, rows);
-  const int64_t col_blocks =
-      std::clamp<int64_t>(ceil_div(threads, row_blocks), 1, ceil_div(n, kPanel));
+  int64_t col_blocks = ceil_div(n, kColumnBlock);
+  if (row_blocks * col_blocks < threads) {
+    col_blocks = ceil_div(threads, row_blocks);
+  }
   const int64_t cols = round_up(ceil_div(n, col_blocks), kPanel);
+  col_blocks = ceil_div(n, cols);
   const auto task = [&](int64_t t) {
     const int64_t i = t % row_blocks * rows, j = t / row_blocks * cols;
-    if (j < n) {
-      gemm_serial<T, T>(
-          std::min(rows, m - i), std::min(cols, n - j), k, a.at(i, 0), b.at(0, j),
-          bias ? bias + j : nullptr, act, c + i * n + j, n);
-    }
+    gemm_serial<T, T>(
+        std::min(rows, m - i), std::min(cols, n - j), k, a.at(i, 0), b.at(0, j),
+        bias ? bias + j : nullptr, act, c + i * n + j, n);
   };
   const int64_t tasks = row_blocks * col_blocks;
   if (threads == 1) {

@@ -75,6 +75,20 @@ struct StorageKernels {
       int64_t rows, int64_t cols, const T* x, int64_t x_row, const C* mean, T* out);
 };
 
+// What the processor's 16-bit matrix units need beside it.
+struct PairKernels {
+  // out (rows, out_row >= cols) = in, a copy with unit column stride, zeros up to out_row.
+  void (*copy)(
+      int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
+      bfloat16_t* out, int64_t out_row);
+  // out: panels of kPanel columns, `panel_size` apart, each (ceil(rows / 2), kPanel) pairs
+  // (in[2i][j], in[2i + 1][j]): zero where in has no row, and in columns up to the next
+  // multiple of 16; untouched beyond.
+  void (*pack_pairs)(
+      int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
+      bfloat16_t* out, int64_t panel_size);
+};
+
 // Values that one partial sum covers: small enough that float32 lanes lose nothing that
 // shows in the result, large enough that storing the partial sum costs nothing.
 constexpr int64_t kChunk = 4096;
@@ -87,6 +101,7 @@ struct Kernels {
   StorageKernels<double> f64;
   StorageKernels<half_t> f16;
   StorageKernels<bfloat16_t> bf16;
+  PairKernels bf16_pairs;
 
   template <class C>
   const ProductKernels<C>& product() const;

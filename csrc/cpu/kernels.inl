@@ -209,15 +209,42 @@ INLINE vec<C> activate(vec<C> v, Activation act) {
   return v;
 }
 
-// f(i, n): whole vectors first (n = kLanes), then the rest, if any (n < kLanes).
-#define FOR_VECTORS(C, count, WHOLE, REST)           \
-  int64_t j = 0;                                     \
-  for (; j + kLanes<C> <= (count); j += kLanes<C>) { \
-    WHOLE                                            \
-  }                                                  \
-  if (const int n = static_cast<int>((count) - j)) { \
-    REST                                             \
+// n lanes, n <= kLanes; inlined into for_vectors, the choice is made at compile time.
+template <class T>
+INLINE vec<acc_t<T>> load_n(const T* p, int n) {
+  return n == kLanes<acc_t<T>> ? load(p) : load_part(p, n);
+}
+template <class T>
+INLINE void store_n(T* p, vec<acc_t<T>> v, int n) {
+  n == kLanes<acc_t<T>> ? store(p, v) : store_part(p, v, n);
+}
+
+// n values, `stride` apart; the other lanes are zero.
+template <class T>
+INLINE vec<acc_t<T>> load_strided(const T* p, int64_t stride, int n) {
+  if (stride == 1) {
+    return load_n(p, n);
   }
+  T lanes[kLanes<acc_t<T>>] = {};
+  for (int l = 0; l < n; ++l) {
+    std::memcpy(lanes + l, p + l * stride, sizeof(T));
+  }
+  return load(lanes);
+}
+
+// body(j, n) for every vector of `count` elements: whole ones, then the rest, if any.
+template <class C, class Body>
+INLINE void for_vectors(int64_t count, Body body) {
+  int64_t j = 0;
+  for (; j + kLanes<C> <= count; j += kLanes<C>) {
+    body(j, kLanes<C>);
+  }
+  if (j < count) {
+    body(j, static_cast<int>(count - j));
+  }
+}
+
+#define BODY [&](int64_t j, int n) __attribute__((always_inline))
 
 // ---- products -----------------------------------------------------------------------
 
@@ -377,44 +404,78 @@ INLINE acc_t<T> widen(const T* p) {
   }
 }
 
-template <class T>
+// Out is T (a plain copy) or acc_t<T>.
+template <class T, class Out>
 void pack(
-    int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, acc_t<T>* out,
+    int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, Out* out,
     int64_t out_row) {
   using C = acc_t<T>;
   constexpr int L = kLanes<C>;
   if (in_col == 1) {
     for (int64_t i = 0; i < rows; ++i) {
-      C* to = out + i * out_row;
+      Out* to = out + i * out_row;
       const T* from = in + i * in_row;
-      FOR_VECTORS(
-          C, cols, store(to + j, load(from + j));, store_part(to + j, load_part(from + j, n), n);)
+      for_vectors<C>(cols, BODY { store_n(to + j, load_n(from + j, n), n); });
       for (int64_t z = cols; z < out_row; ++z) {
-        to[z] = 0;
+        to[z] = Out{};
       }
     }
     return;
   }
   for (int64_t c = 0; c < out_row; c += L) {
-    const int64_t width = out_row - c < L ? out_row - c : L;
-    int64_t r = 0;
-    if (in_row == 1 && c + L <= cols) {
-      for (; r + L <= rows; r += L) {
-        vec<C> square[L];
-        UNROLL
-        for (int l = 0; l < L; ++l) {
-          square[l] = load(in + r + (c + l) * in_col);
-        }
-        transpose<C>(square);
-        UNROLL
-        for (int l = 0; l < L; ++l) {
-          store(out + (r + l) * out_row + c, square[l]);
+    const int width = static_cast<int>(out_row - c < L ? out_row - c : L);
+    for (int64_t r = 0; r < rows; r += L) {
+      const int height = static_cast<int>(rows - r < L ? rows - r : L);
+      vec<C> square[L];
+      UNROLL
+      for (int l = 0; l < L; ++l) {
+        const T* from = in + r * in_row + (c + l) * in_col;
+        square[l] = c + l >= cols ? vec<C>{} : load_strided(from, in_row, height);
+      }
+      transpose<C>(square);
+      UNROLL
+      for (int l = 0; l < L; ++l) {
+        if (l < height) {
+          store_n(out + (r + l) * out_row + c, square[l], width);
         }
       }
     }
-    for (; r < rows; ++r) {
-      for (int64_t l = 0; l < width; ++l) {
-        out[r * out_row + c + l] = c + l < cols ? widen(in + r * in_row + (c + l) * in_col) : 0;
+  }
+}
+
+// Two rows of b side by side, as the processor's 16-bit multiply-adds want them.
+void pack_pairs(
+    int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
+    bfloat16_t* out, int64_t panel_size) {
+  constexpr int L = kLanes<float>;
+  constexpr int64_t out_row = 2 * kPanel;
+  const int64_t padded = (cols + 15) / 16 * 16;
+  for (int64_t r = 0; r < rows; r += 2 * L) {
+    const int height = static_cast<int>(rows - r < 2 * L ? rows - r : 2 * L);
+    for (int64_t c = 0; c < padded; c += L) {
+      const int width = static_cast<int>(cols - c < 0 ? 0 : cols - c < L ? cols - c : L);
+      bfloat16_t* to = out + c / kPanel * panel_size + r / 2 * out_row + 2 * (c % kPanel);
+      if (in_row == 1 && height == 2 * L && width == L) {
+        // Pairs lie side by side already, down the columns: transpose them as 32-bit units.
+        vec<float> square[L];
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          square[l] = load_bits<vec<float>>(in + r + (c + l) * in_col);
+        }
+        transpose<float>(square);
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          std::memcpy(to + l * out_row, &square[l], sizeof(square[l]));
+        }
+        continue;
+      }
+      for (int l = 0; l < height; l += 2) {
+        const bfloat16_t* even = in + (r + l) * in_row + c * in_col;
+        const vec<float> x = load_strided(even, in_col, width);
+        const vec<float> y =
+            l + 1 < height ? load_strided(even + in_row, in_col, width) : vec<float>{};
+        const u32 pair = ((u32)x >> 16) | (u32)y;
+        std::memcpy(to + l / 2 * out_row, &pair, sizeof(pair));
       }
     }
   }
@@ -426,13 +487,14 @@ void finish(
     T* out, int64_t out_row) {
   using C = acc_t<T>;
   for (int64_t i = 0; i < rows; ++i) {
-    const C* from = in + i * in_row;
-    T* to = out + i * out_row;
-    FOR_VECTORS(
-        C, cols,
-        store(to + j, activate<C>(bias ? load(from + j) + load(bias + j) : load(from + j), act));
-        , const vec<C> v = load_part(from + j, n);
-        store_part(to + j, activate<C>(bias ? v + load_part(bias + j, n) : v, act), n);)
+    for_vectors<C>(
+        cols, BODY {
+          vec<C> v = load_n(in + i * in_row + j, n);
+          if (bias) {
+            v += load_n(bias + j, n);
+          }
+          store_n(out + i * out_row + j, activate<C>(v, act), n);
+        });
   }
 }
 
@@ -441,18 +503,20 @@ void mask(
     int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, acc_t<T>* db) {
   using C = acc_t<T>;
   for (int64_t i = 0; i < rows; ++i) {
-    const T* g_row = dy + i * dy_row;
-    const T* y_row = y ? y + i * cols : nullptr;
-    T* z_row = dz ? dz + i * cols : nullptr;
-    // y <= 0, not y > 0: where y is NaN the gradient passes, as in PyTorch.
-    FOR_VECTORS(
-        C, cols, vec<C> g = load(g_row + j); if (y) {
-          g = load(y_row + j) <= 0 ? vec<C>{} : g;
-        } if (z_row) { store(z_row + j, g); } if (db) { store(db + j, load(db + j) + g); },
-                                             vec<C> g = load_part(g_row + j, n);
-        if (y) { g = load_part(y_row + j, n) <= 0 ? vec<C>{} : g; } if (z_row) {
-          store_part(z_row + j, g, n);
-        } if (db) { store_part(db + j, load_part(db + j, n) + g, n); })
+    for_vectors<C>(
+        cols, BODY {
+          vec<C> g = load_n(dy + i * dy_row + j, n);
+          if (y) {
+            // y <= 0, not y > 0: where y is NaN the gradient passes, as in PyTorch.
+            g = load_n(y + i * cols + j, n) <= 0 ? vec<C>{} : g;
+          }
+          if (dz) {
+            store_n(dz + i * cols + j, g, n);
+          }
+          if (db) {
+            store_n(db + j, load_n(db + j, n) + g, n);
+          }
+        });
   }
 }
 
@@ -526,10 +590,7 @@ double sum(int64_t n, const T* x) {
 
 template <class T>
 void subtract(int64_t count, const T* x, acc_t<T> mean, T* out) {
-  using C = acc_t<T>;
-  FOR_VECTORS(
-      C, count, store(out + j, load(x + j) - mean);
-      , store_part(out + j, load_part(x + j, n) - mean, n);)
+  for_vectors<acc_t<T>>(count, BODY { store_n(out + j, load_n(x + j, n) - mean, n); });
 }
 
 template <class T>
@@ -552,19 +613,17 @@ void column_sums(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* 
 template <class T>
 void subtract_columns(
     int64_t rows, int64_t cols, const T* x, int64_t x_row, const acc_t<T>* mean, T* out) {
-  using C = acc_t<T>;
   for (int64_t i = 0; i < rows; ++i) {
-    const T* from = x + i * x_row;
-    T* to = out + i * x_row;
-    FOR_VECTORS(
-        C, cols, store(to + j, load(from + j) - load(mean + j));
-        , store_part(to + j, load_part(from + j, n) - load_part(mean + j, n), n);)
+    const int64_t at = i * x_row;
+    for_vectors<acc_t<T>>(
+        cols, BODY { store_n(out + at + j, load_n(x + at + j, n) - load_n(mean + j, n), n); });
   }
 }
 
 template <class T>
 constexpr StorageKernels<T> kStorage = {
-    pack<T>, finish<T>, mask<T>, sum<T>, subtract<T>, column_sums<T>, subtract_columns<T>};
+    pack<T, acc_t<T>>, finish<T>,          mask<T>, sum<T>, subtract<T>,
+    column_sums<T>,    subtract_columns<T>};
 
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
@@ -573,7 +632,9 @@ constexpr Kernels kTable = {
     kStorage<float>,
     kStorage<double>,
     kStorage<half_t>,
-    kStorage<bfloat16_t>};
+    kStorage<bfloat16_t>,
+    {pack<bfloat16_t, bfloat16_t>, pack_pairs},
+};
 
 }  // namespace
 }  // namespace mylayers::cpu::MYLAYERS_ISA
