@@ -3,8 +3,6 @@ from typing import Any
 
 from torch import Tensor
 
-__file__: str
-
 def linear_act(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "relu"
 ) -> Tensor: ...

@@ -22,7 +22,8 @@ def linear_from(cls: type[Layer], linear: nn.Linear, activation: str | None) -> 
             f"MyLinear.from_linear: linear must be an nn.Linear; got {type(linear).__name__}"
         )
     weight = linear.weight
-    layer = skip_init(  # no random numbers drawn: the caller's generator stays where it was
+    # skip_init draws no random numbers: the caller's generator stays where it was.
+    layer: Layer = skip_init(  # type: ignore[no-untyped-call]
         cls,
         linear.in_features,
         linear.out_features,
@@ -37,7 +38,7 @@ def linear_from(cls: type[Layer], linear: nn.Linear, activation: str | None) -> 
 def linear_to(layer: "MyLinear") -> nn.Linear:
     """See :meth:`mylayers.MyLinear.to_linear`."""
     weight = layer.weight
-    linear = skip_init(
+    linear: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
         nn.Linear,
         layer.in_units,
         layer.units,
@@ -48,11 +49,10 @@ def linear_to(layer: "MyLinear") -> nn.Linear:
     return _copied(linear, layer)
 
 
-def _copied(target: Module, source: nn.Module) -> Module:
+def _copied(target: Module, source: "MyLinear | nn.Linear") -> Module:
     with torch.no_grad():
-        target.weight.copy_(source.weight.T)
-        target.weight.requires_grad_(source.weight.requires_grad)
-        if source.bias is not None:
-            target.bias.copy_(source.bias)
-            target.bias.requires_grad_(source.bias.requires_grad)
+        for name, parameter in source.named_parameters(recurse=False):
+            copy = target.get_parameter(name)
+            copy.copy_(parameter.T if parameter.dim() == 2 else parameter)
+            copy.requires_grad_(parameter.requires_grad)
     return target.train(source.training)

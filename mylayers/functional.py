@@ -18,7 +18,7 @@ __all__ = ["center", "linear_act"]
 
 
 def linear_act(
-    input: Tensor,  # noqa: A002  (torch.nn.functional's name)
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = "relu",
@@ -65,7 +65,7 @@ def linear_act(
     return _C.linear_act(input, weight, bias, activation)
 
 
-def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:  # noqa: A002
+def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
     r"""Subtract the mean: ``input - input.mean(dim, keepdim=True)``.
 
     Args:

@@ -110,7 +110,7 @@ class MyLinear(nn.Module):
         if self.bias is not None:
             nn.init.normal_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """``act(input @ weight + bias)``; see :func:`mylayers.functional.linear_act`."""
         return functional.linear_act(input, self.weight, self.bias, self.activation)
 
@@ -163,7 +163,7 @@ class MyLinear(nn.Module):
         return linear_to(self)
 
 
-class LazyMyLinear(LazyModuleMixin, MyLinear):  # type: ignore[misc]
+class LazyMyLinear(LazyModuleMixin, MyLinear):
     r"""A :class:`MyLinear` that takes ``in_units`` from its first input, then becomes one.
 
     Args:
@@ -192,7 +192,7 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):  # type: ignore[misc]
         MyLinear(in_units=5, units=3, bias=True, activation='relu')
     """
 
-    cls_to_become = MyLinear  # type: ignore[assignment]
+    cls_to_become = MyLinear
 
     def __init__(
         self,
@@ -208,9 +208,9 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):  # type: ignore[misc]
     def _make_parameters(
         self, bias: bool, device: torch.device | str | int | None, dtype: torch.dtype | None
     ) -> None:
-        self.weight = UninitializedParameter(device=device, dtype=dtype)
+        self.weight = UninitializedParameter(device=device, dtype=dtype)  # type: ignore
         if bias:
-            self.bias = UninitializedParameter(device=device, dtype=dtype)
+            self.bias = UninitializedParameter(device=device, dtype=dtype)  # type: ignore
         else:
             self.register_parameter("bias", None)
 
@@ -219,7 +219,7 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):  # type: ignore[misc]
         if not self.has_uninitialized_params():
             super().reset_parameters()
 
-    def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]  # noqa: A002
+    def initialize_parameters(self, input: Tensor) -> None:
         """Take ``in_units`` from ``input``, then make and draw the parameters."""
         if self.has_uninitialized_params():
             with torch.no_grad():
@@ -275,7 +275,7 @@ class CenteredLayer(nn.Module):
         dims = tuple(int(d.__index__()) for d in values)
         return dims[0] if single else dims
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         """``input - input.mean(dim)``; see :func:`mylayers.functional.center`."""
         return functional.center(input, self.dim)
 

@@ -13,7 +13,7 @@ __all__ = ["center", "linear_act"]
 
 
 def linear_act(
-    input: Tensor,  # noqa: A002  (torch.nn.functional's name)
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = "relu",
@@ -29,8 +29,8 @@ def linear_act(
     raise ValueError(f'linear_act: activation must be "relu" or None; got {activation!r}')
 
 
-def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:  # noqa: A002
+def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
     """``input - input.mean(dim)``, as :func:`mylayers.functional.center`."""
     if dim is None:
         return input - input.mean()
-    return input - input.mean(dim, keepdim=True)
+    return input - input.mean(dim if isinstance(dim, int) else tuple(dim), keepdim=True)
