@@ -6,8 +6,15 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-import torch
 from setuptools import setup
+
+try:
+    import torch
+except ModuleNotFoundError:
+    raise SystemExit(
+        "mylayers is compiled against torch, and this environment has none. Leave out "
+        "--no-build-isolation, or install torch first (pip install torch)."
+    ) from None
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 OLDEST_TORCH = (2, 11)

@@ -11,7 +11,6 @@ import sys
 import sysconfig
 from typing import Any
 
-from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
 
 # The release this project is tested with, used where no torch is installed yet.
@@ -32,18 +31,12 @@ if _found is not None and _found not in sys.path:
     sys.path.append(_found)
 
 
-def _requires(hook: Any, config_settings: Any) -> list[str]:
-    needed: list[str] = hook(config_settings)
-    return needed if _found is not None else [*needed, DEFAULT_TORCH]
+def _missing(config_settings: Any = None) -> list[str]:  # noqa: ARG001
+    # setuptools' own hook would run setup.py, which imports torch, to learn that it needs
+    # nothing else.
+    return [] if _found is not None else [DEFAULT_TORCH]
 
 
-def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return _requires(build_meta.get_requires_for_build_wheel, config_settings)
-
-
-def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return _requires(build_meta.get_requires_for_build_editable, config_settings)
-
-
-def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
-    return _requires(build_meta.get_requires_for_build_sdist, config_settings)
+get_requires_for_build_wheel = _missing
+get_requires_for_build_editable = _missing
+get_requires_for_build_sdist = _missing
