@@ -74,7 +74,7 @@ py::object center(py::handle input, py::handle dim) {
   const at::Tensor& x = tensor_argument("center", "input", input);
   c10::SmallVector<int64_t, 6> dims;
   if (!dim.is_none()) {
-    if (PySequence_Check(dim.ptr())) {
+    if (PySequence_Check(dim.ptr()) && !PyUnicode_Check(dim.ptr()) && !PyBytes_Check(dim.ptr())) {
       for (const py::handle d : py::reinterpret_borrow<py::sequence>(dim)) {
         dims.push_back(dim_argument(d));
       }

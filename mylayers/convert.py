@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import skip_init
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ __all__ = ["linear_from", "linear_to"]
 
 Layer = TypeVar("Layer", bound="MyLinear")
 Module = TypeVar("Module", bound=nn.Module)
+Source = TypeVar("Source", "MyLinear", nn.Linear)
 
 
 def linear_from(cls: type[Layer], linear: nn.Linear, activation: str | None) -> Layer:
@@ -21,7 +23,8 @@ def linear_from(cls: type[Layer], linear: nn.Linear, activation: str | None) -> 
         raise TypeError(
             f"MyLinear.from_linear: linear must be an nn.Linear; got {type(linear).__name__}"
         )
-    weight = linear.weight
+    weight = _made(linear).weight
+    cls = getattr(cls, "cls_to_become", None) or cls  # a lazy layer's sizes are known here
     # skip_init draws no random numbers: the caller's generator stays where it was.
     layer: Layer = skip_init(  # type: ignore[no-untyped-call]
         cls,
@@ -37,7 +40,7 @@ def linear_from(cls: type[Layer], linear: nn.Linear, activation: str | None) -> 
 
 def linear_to(layer: "MyLinear") -> nn.Linear:
     """See :meth:`mylayers.MyLinear.to_linear`."""
-    weight = layer.weight
+    weight = _made(layer).weight
     linear: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
         nn.Linear,
         layer.in_units,
@@ -47,6 +50,15 @@ def linear_to(layer: "MyLinear") -> nn.Linear:
         dtype=weight.dtype,
     )
     return _copied(linear, layer)
+
+
+def _made(source: Source) -> Source:
+    if is_lazy(source.weight):
+        raise ValueError(
+            f"{type(source).__name__} is uninitialized: its sizes are not known before the first "
+            "input, so it cannot be converted yet"
+        )
+    return source
 
 
 def _copied(target: Module, source: "MyLinear | nn.Linear") -> Module:

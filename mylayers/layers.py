@@ -1,7 +1,7 @@
 """The layers as modules: parameters, initialisation, repr and state; functional computes."""
 
+import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,20 @@ from mylayers.convert import linear_from, linear_to
 __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
 
+def _integer(value: object) -> int | None:
+    """The value of whatever acts as an integer, NumPy's included; None for all else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+        return None
+
+
 def _size(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"MyLinear: {name} must be an int; got {type(value).__name__}")
-    size = int(value.__index__())
+    size = _integer(value)
+    if size is None:
+        raise TypeError(f"MyLinear: {name} must be an int; got {value!r}")
     if size < 0:
         raise ValueError(f"MyLinear: {name} must not be negative; got {size}")
     return size
@@ -221,13 +231,19 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Take ``in_units`` from ``input``, then make and draw the parameters."""
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"LazyMyLinear: input must be a torch.Tensor; got {type(input).__name__}"
+            )
         if self.has_uninitialized_params():
             with torch.no_grad():
-                self.in_units = input.shape[-1]
-                self.weight.materialize((self.in_units, self.units))  # type: ignore[attr-defined]
+                self.weight.materialize((input.shape[-1], self.units))  # type: ignore[attr-defined]
                 if self.bias is not None:
                     self.bias.materialize((self.units,))  # type: ignore[attr-defined]
+                self.in_units = input.shape[-1]
                 self.reset_parameters()
+        else:  # loaded from a state_dict before the first input
+            self.in_units = self.weight.shape[0]
 
 
 class CenteredLayer(nn.Module):
@@ -261,19 +277,19 @@ class CenteredLayer(nn.Module):
         self.dim = self._checked(dim)
 
     @staticmethod
-    def _checked(dim: Any) -> int | tuple[int, ...] | None:
+    def _checked(dim: object) -> int | tuple[int, ...] | None:
         if dim is None:
             return None
-        single = hasattr(dim, "__index__")
-        values = (dim,) if single else dim
-        if not isinstance(values, Sequence) or not all(
-            hasattr(d, "__index__") and not isinstance(d, bool) for d in values
-        ):
+        single = _integer(dim)
+        if single is not None:
+            return single
+        listed = isinstance(dim, Sequence) and not isinstance(dim, str | bytes)
+        dims = [_integer(d) for d in dim] if listed else [None]  # type: ignore[attr-defined]
+        if None in dims:
             raise TypeError(
                 f"CenteredLayer: dim must be None, an int or a sequence of ints; got {dim!r}"
             )
-        dims = tuple(int(d.__index__()) for d in values)
-        return dims[0] if single else dims
+        return tuple(d for d in dims if d is not None)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input - input.mean(dim)``; see :func:`mylayers.functional.center`."""

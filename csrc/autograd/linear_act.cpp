@@ -26,20 +26,19 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const at::Tensor& bias, int64_t activation, bool needs_input, bool needs_weight) {
+      const OptionalTensor& bias, int64_t activation, bool needs_input, bool needs_weight) {
     const auto act = static_cast<Activation>(activation);
     at::Tensor output;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      output = linear_act(
-          input, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt,
-          activation_name(act));
+      output = linear_act(input, weight, bias, activation_name(act));
     }
     // Each factor of the product is read by the other's gradient alone.
     ctx->save_for_backward(
         {needs_weight ? input : at::Tensor(), needs_input ? weight : at::Tensor(),
          act == Activation::kNone ? at::Tensor() : output});
     ctx->saved_data["activation"] = activation;
+    ctx->saved_data["has_bias"] = bias.has_value();
     return output;
   }
 
@@ -48,8 +47,10 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
     const auto optional = [&](size_t i) {
       return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
     };
+    // Without a bias the node has no third edge to ask about.
     const GradientMask mask = {
-        ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+        ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
     const auto act = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     auto [input, weight, bias] = linear_act_backward(
         grads[0], optional(0), optional(1), optional(2), activation_name(act), mask);
@@ -61,13 +62,16 @@ at::Tensor linear_act_autograd(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation) {
   const at::Tensor none;
-  const at::Tensor& b = bias.has_value() ? *bias : none;
-  if (takes_formula({&input, &weight, &b})) {
+  const std::initializer_list<const at::Tensor*> args = {
+      &input, &weight, bias.has_value() ? &*bias : &none};
+  if (takes_formula(args)) {
     return linear_act_formula(input, weight, bias, activation);
   }
-  if (records_gradient({&input, &weight, &b})) {
+  if (records_gradient(args)) {
+    const bool has_bias = bias.has_value() && bias->defined();
     return LinearAct::apply(
-        input, weight, b, static_cast<int64_t>(parse_activation(activation)), input.requires_grad(),
+        input, weight, has_bias ? bias : OptionalTensor(),
+        static_cast<int64_t>(parse_activation(activation)), input.requires_grad(),
         weight.requires_grad());
   }
   at::AutoDispatchBelowADInplaceOrView below;

@@ -1,0 +1,43 @@
+"""The examples in the docstrings run, and every public function and class has one."""
+
+import doctest
+import importlib
+import inspect
+
+import pytest
+
+MODULES = [
+    "mylayers",
+    "mylayers._extension",
+    "mylayers.convert",
+    "mylayers.functional",
+    "mylayers.layers",
+    "mylayers.reference",
+]
+PUBLIC = [
+    (module.__name__, name)
+    for module in map(importlib.import_module, ["mylayers.functional", "mylayers.layers"])
+    for name in module.__all__
+]
+FINDER = doctest.DocTestFinder(exclude_empty=False)
+
+
+def _run(test: doctest.DocTest) -> doctest.TestResults:
+    printed = []
+    results = doctest.DocTestRunner(verbose=False).run(test, out=printed.append)
+    assert results.failed == 0, "".join(printed)
+    return results
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_example_of_the_module_runs(name):
+    for test in FINDER.find(importlib.import_module(name)):
+        _run(test)
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda text: text)
+def test_public_name_has_an_example_that_runs(module, name):
+    value = getattr(importlib.import_module(module), name)
+    assert inspect.isfunction(value) or inspect.isclass(value)
+    tests = {test.name: test for test in FINDER.find(value, name)}
+    assert _run(tests[name]).attempted > 0
