@@ -27,8 +27,9 @@ const at::Tensor& tensor_argument(const char* op, const char* name, py::handle v
 }
 
 int64_t dim_argument(py::handle value) {
-  // __index__ covers int and NumPy's integers, and refuses floats.
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  // __index__ covers int and NumPy's integers, and refuses floats; bool has it too.
+  const auto index = py::reinterpret_steal<py::object>(
+      PyBool_Check(value.ptr()) ? nullptr : PyNumber_Index(value.ptr()));
   if (!index) {
     PyErr_Clear();
     throw py::type_error(

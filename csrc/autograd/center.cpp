@@ -18,6 +18,7 @@ struct Center : torch::autograd::Function<Center> {
 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, at::OptionalIntArrayRef dim) {
+    ctx->set_materialize_grads(false);
     if (dim.has_value()) {
       ctx->saved_data["dim"] = *dim;
     }
@@ -26,6 +27,9 @@ struct Center : torch::autograd::Function<Center> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) {  // no gradient arrived: none goes on, not zeros
+      return variable_list(2);
+    }
     const auto dim = ctx->saved_data.find("dim");
     if (dim == ctx->saved_data.end()) {
       return {center(grads[0], std::nullopt), at::Tensor()};

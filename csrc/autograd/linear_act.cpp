@@ -28,6 +28,7 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
       const OptionalTensor& bias, int64_t activation, bool needs_input, bool needs_weight) {
     const auto act = static_cast<Activation>(activation);
+    ctx->set_materialize_grads(false);
     at::Tensor output;
     {
       at::AutoDispatchBelowADInplaceOrView below;
@@ -43,6 +44,9 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) {  // no gradient arrived: none goes on, not zeros
+      return variable_list(6);
+    }
     const auto saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) {
       return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
