@@ -8,7 +8,7 @@
 #include <string>
 
 #include "center.h"
-#include "cpu/kernels.h"
+#include "cpu/gemm.h"
 #include "linear_act.h"
 
 namespace py = pybind11;
@@ -36,7 +36,12 @@ int64_t dim_argument(py::handle value) {
         std::string("center: dim must be None, an int or a sequence of ints; got ") +
         Py_TYPE(value.ptr())->tp_name);
   }
-  return index.cast<int64_t>();
+  int overflow = 0;
+  const int64_t dim = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow != 0) {
+    throw py::value_error("center: dim must fit in 64 bits; got " + std::string(py::str(index)));
+  }
+  return dim;
 }
 
 py::object linear_act(py::handle input, py::handle weight, py::handle bias, py::handle activation) {
@@ -120,6 +125,7 @@ py::dict build_info() {
 #endif
   info["cuda"] = py::none();
   info["kernels"] = mylayers::cpu::kernels().name;
+  info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
   return info;
 }
 

@@ -32,12 +32,13 @@ def build_info() -> dict[str, Any]:
         ``torch``: the version compiled against; ``compiler``; ``cplusplus``: the standard
         (``__cplusplus``); ``instruction_sets``: those compiled; ``kernels``: the one that
         this processor runs (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels
-        are); ``openmp``: whether kernels share PyTorch's threads; ``cuda``: the version
+        are); ``bfloat16_units``: whether bfloat16 products run on its 16-bit matrix units, which
+        treat subnormal values as zero; ``openmp``: whether kernels share PyTorch's threads; ``cuda``: the version
         compiled for, or None; ``file``: the extension's path.
 
     Example:
         >>> import mylayers
         >>> sorted(mylayers.build_info())[:4]
-        ['compiler', 'cplusplus', 'cuda', 'file']
+        ['bfloat16_units', 'compiler', 'cplusplus', 'cuda']
     """
     return {**_C.build_info(), "file": os.path.abspath(_C.__file__)}

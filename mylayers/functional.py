@@ -76,9 +76,10 @@ def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
             in ``torch.mean``.
 
     Returns:
-        A tensor of ``input``'s shape. Values are summed in float64, the mean is rounded to
-        the dtype of ``input``. The result does not depend on the number of threads, to the
-        bit.
+        A tensor of ``input``'s shape. The sum is formed in float64 once eight values have met
+        in their own accumulator (float32 for the 16-bit dtypes), so that its accuracy does not
+        fall with length; the mean is rounded to the dtype of ``input``. The result does not
+        depend on the number of threads, to the bit.
 
     Raises:
         TypeError: ``input`` is not a tensor, or ``dim`` not an integer or sequence of them.

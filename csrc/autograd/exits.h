@@ -7,15 +7,9 @@
 
 #include <initializer_list>
 
-namespace mylayers {
+#include "../has_kernel.h"
 
-// The dtypes and layout that the compiled kernels take.
-inline bool has_kernel(const at::Tensor& t) {
-  const auto dtype = t.scalar_type();
-  return t.layout() == at::kStrided && !t.is_nested() &&
-         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-          dtype == at::kBFloat16);
-}
+namespace mylayers {
 
 // Exit 1: a functorch transform is active, an argument carries a forward-mode tangent, or
 // there is no compiled kernel. The ATen formula then has every derivative and rule.

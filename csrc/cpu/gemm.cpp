@@ -3,56 +3,27 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <type_traits>
 
-namespace mylayers::cpu {
-namespace {
-
-// One task: at most this many rows of a and columns of b. Its share of the output, and of a
-// for one depth, then stay in level-2 cache, while rows of b are read in runs of 2 KiB.
-constexpr int64_t kRowBlock = 240;
-constexpr int64_t kColumnBlock = 512;
-// Rows of b per pass over the task: 256 x 64 float32, a panel, are 64 KiB. A few rows of a do
-// not wait for arithmetic but for b to come from memory, and 32 rows at a time arrive faster
-// than 256, in as many streams as the processor prefetches.
-constexpr int64_t kDepthBlock = 256;
-constexpr int64_t kStreamDepth = 32;
-constexpr int64_t kStreamRows = 24;
-constexpr int64_t kTileRows = 6;
-constexpr int64_t kWidestLane = 16;
-// Multiply-adds below which a second thread costs more than it saves.
-constexpr int64_t kSerialWork = int64_t{1} << 19;
-// Long sums are cut into pieces of at least this many terms.
-constexpr int64_t kLongPiece = 2048;
-constexpr int64_t kMostPieces = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <class C>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : memory_(
-            count > 0 ? c10::GetCPUAllocator()->allocate(count * static_cast<int64_t>(sizeof(C)))
-                      : c10::DataPtr()) {}
-  C* get() const { return static_cast<C*>(memory_.get()); }
-
- private:
-  c10::DataPtr memory_;
-};
+#include "scratch.h"
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
-// Whether bfloat16 products go through oneDNN's generated micro-kernels, as PyTorch calls
-// them: they reach the AMX and AVX512-BF16 units, which twice to many times outrun float32.
-// Without such units widening to float32 is faster. DNNL_MAX_CPU_ISA may forbid what the
-// processor could do, so one product is tried.
+#define MYLAYERS_BRGEMM 1
+#else
+#define MYLAYERS_BRGEMM 0
+#endif
+
+namespace mylayers::cpu {
+
+// Through oneDNN's generated micro-kernels, as PyTorch calls them: they outrun widening to
+// float32 twice on AVX512-BF16, and reach AMX. DNNL_MAX_CPU_ISA may forbid what the processor
+// could do, so one product is tried.
 bool has_bf16_units() {
+#if MYLAYERS_BRGEMM
   static const bool usable = [] {
-    if (!__builtin_cpu_supports("avx512bf16")) {
+    if (!__builtin_cpu_supports("avx512bf16")) {  // AMX never comes without it
       return false;
     }
     const at::BFloat16 a[2] = {1, 2};
@@ -67,12 +38,41 @@ bool has_bf16_units() {
     return c[0] == 11;
   }();
   return usable && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
 }
 
-// One kernel is generated and kept for each number of rows, so those are the powers of two
-// up to this.
-constexpr int64_t kUnitRows = 64;
+namespace {
 
+// One task: at most this many rows of a and columns of b. Its share of the output, of a for one
+// depth and of b where that is packed then stay in level-2 cache, while rows of b are read in
+// runs of 2 KiB (512 bytes in bfloat16, whose panels are packed one depth at a time).
+constexpr int64_t kRowBlock = 256;
+template <class T>
+constexpr int64_t kColumnBlock = std::is_same_v<T, bfloat16_t> ? 256 : 512;
+// Rows of b per pass over the task: 256 x 64 float32, a panel, are 64 KiB. With few rows of a,
+// b is not used again before it has left the cache, and comes from memory faster in 32 streams
+// than in 256.
+constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kFewRows = 24;
+constexpr int64_t kFewRowsDepth = 32;
+constexpr int64_t kTileRows = 6;
+// Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
+// so the rest is cut into powers of two.
+constexpr int64_t kUnitRows = 64;
+constexpr int64_t kUnitDepth = 512;
+constexpr int64_t kWidestLane = 16;
+// Multiply-adds below which a second thread costs more than it saves.
+constexpr int64_t kSerialWork = int64_t{1} << 19;
+// Long sums are cut into pieces of at least this many terms.
+constexpr int64_t kLongPiece = 2048;
+constexpr int64_t kMostPieces = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+#if MYLAYERS_BRGEMM
 // As gemm_serial, on the 16-bit matrix units. Depth is cut at fixed places, and the unit sums
 // in an order that depends on the depth alone, so here too a row's bits are its own.
 template <class Out>
@@ -82,7 +82,7 @@ void gemm_serial_bf16(
   const auto& pairs = kernels().bf16_pairs;
   const int64_t even_k = round_up(k, 2);
   const int64_t panels = ceil_div(n, kPanel);
-  const int64_t panel_size = std::min(even_k, kDepthBlock) * kPanel;
+  const int64_t panel_size = std::min(even_k, kUnitDepth) * kPanel;
   const bool copy_a = a.col != 1 || k != even_k;
   const Scratch<bfloat16_t> a_rows(copy_a ? m * even_k : 0);
   const Scratch<bfloat16_t> b_panels(panels * panel_size);
@@ -91,8 +91,8 @@ void gemm_serial_bf16(
     pairs.copy(m, k, a.data, a.row, a.col, a_rows.get(), even_k);
     a = {a_rows.get(), even_k, 1};
   }
-  for (int64_t p = 0; p < k; p += kDepthBlock) {
-    const int64_t depth = std::min(kDepthBlock, k - p);
+  for (int64_t p = 0; p < k; p += kUnitDepth) {
+    const int64_t depth = std::min(kUnitDepth, k - p);
     pairs.pack_pairs(depth, n, b.at(p, 0).data, b.row, b.col, b_panels.get(), panel_size);
     for (int64_t j = 0; j < panels; ++j) {
       for (int64_t i = 0; i < m;) {
@@ -130,7 +130,7 @@ void gemm_serial(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act,
     Out* c, int64_t c_row) {
   using C = acc_t<T>;
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+#if MYLAYERS_BRGEMM
   if constexpr (std::is_same_v<T, bfloat16_t>) {
     if (k > 0 && has_bf16_units()) {
       return gemm_serial_bf16(m, n, k, a, b, bias, act, c, c_row);
@@ -142,7 +142,8 @@ void gemm_serial(
   constexpr bool kWiden = !std::is_same_v<T, C>;     // 16-bit input: widen while packing
   constexpr bool kNarrow = !std::is_same_v<Out, C>;  // 16-bit output: sum in scratch
   const bool pack_b = kWiden || b.col != 1;
-  const int64_t depth_block = m <= kStreamRows && !pack_b ? kStreamDepth : kDepthBlock;
+  const int64_t depth_block = m <= kFewRows && !pack_b ? kFewRowsDepth : kDepthBlock;
+  const int64_t panel = m <= kStreamRows && !pack_b ? n : kPanel;
 
   const Scratch<C> b_panel(pack_b ? std::min(k, depth_block) * kPanel : 0);
   const Scratch<C> a_wide(kWiden ? m * k : 0);
@@ -169,8 +170,8 @@ void gemm_serial(
   do {  // once even for k = 0: the result is then act(bias)
     const int64_t depth = std::min(depth_block, k - p);
     const bool finish = !kNarrow && p + depth == k;
-    for (int64_t j = 0; j < n; j += kPanel) {
-      const int64_t cols = std::min(kPanel, n - j);
+    for (int64_t j = 0; j < n; j += panel) {
+      const int64_t cols = std::min(panel, n - j);
       Matrix<C> b_in;
       if (pack_b) {
         b_in = {b_panel.get(), round_up(cols, kWidestLane), 1};
@@ -200,19 +201,21 @@ void gemm(
   }
   const bool alone = m * n * std::max<int64_t>(k, 1) <= kSerialWork || at::in_parallel_region();
   const int64_t threads = alone ? 1 : at::get_num_threads();
-  // Rows go to the threads first, in blocks of equal size and number; panels of columns
-  // only where there are too few rows. Bits do not depend on this choice.
+  // As many tasks as keep every thread busy to the end. Columns are split before rows, because
+  // tasks that share columns of b each pack them. Bits do not depend on this choice.
   int64_t row_blocks = ceil_div(m, kRowBlock);
-  if (m >= threads * 4 * kTileRows) {
-    row_blocks = round_up(row_blocks, threads);
+  int64_t col_blocks = ceil_div(n, kColumnBlock<T>);
+  if (row_blocks * col_blocks % threads != 0) {
+    if (n >= threads * 2 * kPanel || m < threads * 4 * kTileRows) {
+      col_blocks = round_up(col_blocks, threads);
+    } else {
+      row_blocks = round_up(row_blocks, threads);
+    }
   }
-  const int64_t rows = round_up(ceil_div(m, row_blocks), m > kTileRows ? kTileRows : 1);
-  row_blocks = ceil_div(m, rows);
-  int64_t col_blocks = ceil_div(n, kColumnBlock);
-  if (row_blocks * col_blocks < threads) {
-    col_blocks = ceil_div(threads, row_blocks);
-  }
+  const int64_t multiple = m / row_blocks >= kUnitRows ? kUnitRows : m > kTileRows ? kTileRows : 1;
+  const int64_t rows = round_up(ceil_div(m, row_blocks), multiple);
   const int64_t cols = round_up(ceil_div(n, col_blocks), kPanel);
+  row_blocks = ceil_div(m, rows);
   col_blocks = ceil_div(n, cols);
   const auto task = [&](int64_t t) {
     const int64_t i = t % row_blocks * rows, j = t / row_blocks * cols;

@@ -15,6 +15,10 @@ struct Matrix {
   Matrix transposed() const { return {data, col, row}; }
 };
 
+// Whether bfloat16 products run on the processor's 16-bit matrix units (AVX512-BF16, AMX). The
+// units treat subnormal bfloat16 values as zero, in PyTorch's own products as well.
+bool has_bf16_units();
+
 // c (m, n) contiguous = act(a (m, k) @ b (k, n) + bias (n) or nothing), accumulated in
 // acc_t<T>, rounded once. A row of c depends on its row of a, on b and on bias alone, to
 // the bit: each element is one chain of multiply-adds over k, whatever m and the threads.

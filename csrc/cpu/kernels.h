@@ -34,11 +34,13 @@ using acc_t = typename Accumulate<T>::type;
 
 // Columns of the widest tile; packed panels are this wide or less.
 constexpr int64_t kPanel = 64;
+// Up to this many rows of a, a block of more than kPanel columns streams b row by row.
+constexpr int64_t kStreamRows = 4;
 
 // Inner loops over the element type C in which products are formed (float, double).
 template <class C>
 struct ProductKernels {
-  // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), n <= kPanel, b with unit column
+  // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), b with unit column
   // stride, c0 = c if `accumulate` else 0; bias and act only if `finish`.
   // Every c[i][j] is one chain of fused multiply-adds over k in rising order, so its
   // bits depend on neither m, n nor how k is cut into calls.
@@ -64,7 +66,7 @@ struct StorageKernels {
   // dz = dy where y > 0 or y is NaN, else 0 (all of dy if y is null); db += column sums of
   // dz, rows in rising order. Either of dz, db may be null. dz may be dy.
   void (*mask)(int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, C* db);
-  // Sum of n <= kChunk contiguous values.
+  // Sum of n contiguous values.
   double (*sum)(int64_t n, const T* x);
   // out = x - mean.
   void (*subtract)(int64_t n, const T* x, C mean, T* out);
@@ -88,10 +90,6 @@ struct PairKernels {
       int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
       bfloat16_t* out, int64_t panel_size);
 };
-
-// Values that one partial sum covers: small enough that float32 lanes lose nothing that
-// shows in the result, large enough that storing the partial sum costs nothing.
-constexpr int64_t kChunk = 4096;
 
 struct Kernels {
   const char* name;

@@ -235,9 +235,16 @@ INLINE vec<acc_t<T>> load_strided(const T* p, int64_t stride, int n) {
 // body(j, n) for every vector of `count` elements: whole ones, then the rest, if any.
 template <class C, class Body>
 INLINE void for_vectors(int64_t count, Body body) {
+  constexpr int L = kLanes<C>;
   int64_t j = 0;
-  for (; j + kLanes<C> <= count; j += kLanes<C>) {
-    body(j, kLanes<C>);
+  for (; j + 4 * L <= count; j += 4 * L) {
+    body(j, L);
+    body(j + L, L);
+    body(j + 2 * L, L);
+    body(j + 3 * L, L);
+  }
+  for (; j + L <= count; j += L) {
+    body(j, L);
   }
   if (j < count) {
     body(j, static_cast<int>(count - j));
@@ -334,6 +341,48 @@ const Tile<C>* tiles(int vectors, bool tail) {
   __builtin_unreachable();
 }
 
+// As block, for few rows: their products with kStep rows of b at a time, along all of n. Such a
+// product waits for b to come from memory, and reads it here as kStep long runs, where tiles
+// would read short pieces of many rows. The sums are kept in c meanwhile.
+template <class C>
+void stream(
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
+    int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
+    Activation act) {
+  constexpr int kStep = 8;
+  for (int64_t p = 0; p < k; p += kStep) {
+    const int steps = static_cast<int>(k - p < kStep ? k - p : kStep);
+    const bool first = p == 0 && !accumulate;
+    const bool last = p + kStep >= k && finish;
+    C x[kStreamRows][kStep];
+    for (int64_t i = 0; i < m; ++i) {
+      for (int s = 0; s < steps; ++s) {
+        x[i][s] = load_bits<C>(a + i * a_row + (p + s) * a_col);
+      }
+    }
+    const C* rows = b + p * b_row;
+    const auto sums = [&](int step_count, int64_t j, int lanes) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < m; ++i) {
+        C* out = c + i * c_row + j;
+        vec<C> sum = first ? vec<C>{} : load_n(out, lanes);
+        UNROLL
+        for (int s = 0; s < step_count; ++s) {
+          sum += x[i][s] * load_n(rows + s * b_row + j, lanes);
+        }
+        if (last) {
+          sum = activate<C>(bias ? sum + load_n(bias + j, lanes) : sum, act);
+        }
+        store_n(out, sum, lanes);
+      }
+    };
+    if (steps == kStep) {
+      for_vectors<C>(n, BODY { sums(kStep, j, n); });
+    } else {
+      for_vectors<C>(n, BODY { sums(steps, j, n); });
+    }
+  }
+}
+
 template <class C>
 void block(
     int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
@@ -341,6 +390,9 @@ void block(
     Activation act) {
   constexpr int L = kLanes<C>;
   constexpr int64_t width = kTileVectors * L;
+  if (m <= kStreamRows && n > kPanel && k > 0) {
+    return stream(m, n, k, a, a_row, a_col, b, b_row, c, c_row, accumulate, finish, bias, act);
+  }
   for (int64_t j = 0; j < n; j += width) {
     const int64_t cols = n - j < width ? n - j : width;
     const int tail = static_cast<int>(cols % L);
@@ -443,39 +495,61 @@ void pack(
   }
 }
 
-// Two rows of b side by side, as the processor's 16-bit multiply-adds want them.
+// Pairs (even[c], odd[c]), the first n of kLanes columns; zeros for an odd that is null.
+INLINE void store_pairs(
+    bfloat16_t* out, const bfloat16_t* even, const bfloat16_t* odd, int64_t stride, int n) {
+  const vec<float> x = load_strided(even, stride, n);
+  const vec<float> y = odd ? load_strided(odd, stride, n) : vec<float>{};
+  const u32 pairs = ((u32)x >> 16) | (u32)y;
+  std::memcpy(out, &pairs, sizeof(pairs));
+}
+
+// Two rows of b side by side, as the processor's 16-bit multiply-adds want them. In stripes of
+// 2 * kLanes rows, so that rows are read in runs and panels written in runs.
 void pack_pairs(
     int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
     bfloat16_t* out, int64_t panel_size) {
   constexpr int L = kLanes<float>;
   constexpr int64_t out_row = 2 * kPanel;
-  const int64_t padded = (cols + 15) / 16 * 16;
   for (int64_t r = 0; r < rows; r += 2 * L) {
-    const int height = static_cast<int>(rows - r < 2 * L ? rows - r : 2 * L);
-    for (int64_t c = 0; c < padded; c += L) {
-      const int width = static_cast<int>(cols - c < 0 ? 0 : cols - c < L ? cols - c : L);
-      bfloat16_t* to = out + c / kPanel * panel_size + r / 2 * out_row + 2 * (c % kPanel);
-      if (in_row == 1 && height == 2 * L && width == L) {
+    const int64_t height = rows - r < 2 * L ? rows - r : 2 * L;
+    for (int64_t c = 0; c < cols; c += kPanel) {
+      const int64_t width = cols - c < kPanel ? cols - c : kPanel;
+      const bfloat16_t* from = in + r * in_row + c * in_col;
+      bfloat16_t* to = out + c / kPanel * panel_size + r / 2 * out_row;
+      if (in_row == 1 && height == 2 * L && width == kPanel) {
         // Pairs lie side by side already, down the columns: transpose them as 32-bit units.
-        vec<float> square[L];
-        UNROLL
-        for (int l = 0; l < L; ++l) {
-          square[l] = load_bits<vec<float>>(in + r + (c + l) * in_col);
-        }
-        transpose<float>(square);
-        UNROLL
-        for (int l = 0; l < L; ++l) {
-          std::memcpy(to + l * out_row, &square[l], sizeof(square[l]));
+        for (int64_t j = 0; j < kPanel; j += L) {
+          vec<float> square[L];
+          UNROLL
+          for (int l = 0; l < L; ++l) {
+            square[l] = load_bits<vec<float>>(from + (j + l) * in_col);
+          }
+          transpose<float>(square);
+          UNROLL
+          for (int l = 0; l < L; ++l) {
+            std::memcpy(to + l * out_row + 2 * j, &square[l], sizeof(square[l]));
+          }
         }
         continue;
       }
-      for (int l = 0; l < height; l += 2) {
-        const bfloat16_t* even = in + (r + l) * in_row + c * in_col;
-        const vec<float> x = load_strided(even, in_col, width);
-        const vec<float> y =
-            l + 1 < height ? load_strided(even + in_row, in_col, width) : vec<float>{};
-        const u32 pair = ((u32)x >> 16) | (u32)y;
-        std::memcpy(to + l / 2 * out_row, &pair, sizeof(pair));
+      const int64_t padded = (width + 15) / 16 * 16;
+      for (int64_t l = 0; l < height; l += 2) {
+        const bfloat16_t* even = from + l * in_row;
+        const bfloat16_t* odd = l + 1 < height ? even + in_row : nullptr;
+        bfloat16_t* pairs = to + l / 2 * out_row;
+        if (in_col == 1 && odd && width == kPanel) {
+          UNROLL
+          for (int64_t j = 0; j < kPanel; j += L) {
+            store_pairs(pairs + 2 * j, even + j, odd + j, 1, L);
+          }
+          continue;
+        }
+        for (int64_t j = 0; j < padded; j += L) {
+          const int n = static_cast<int>(width - j < 0 ? 0 : width - j < L ? width - j : L);
+          const int64_t at = j * in_col;
+          store_pairs(pairs + 2 * j, even + at, odd ? odd + at : nullptr, in_col, n);
+        }
       }
     }
   }

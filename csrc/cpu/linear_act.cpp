@@ -1,15 +1,14 @@
 // linear_act on the CPU: forward and its three gradients.
 #include "../linear_act.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "dtypes.h"
 #include "gemm.h"
+#include "scratch.h"
 
 namespace mylayers {
 namespace cpu {
@@ -60,7 +59,7 @@ at::Tensor linear_act_cpu(
     ActivationName activation) {
   const auto act = parse_activation(activation);
   check_linear_act(input, weight, bias);
-  if (!at::isFloatingType(input.scalar_type())) {
+  if (!has_kernel(input)) {
     return linear_act_formula(input, weight, bias, activation);
   }
   const Rows x(input);
@@ -69,12 +68,12 @@ at::Tensor linear_act_cpu(
   const bool has_bias = bias.has_value() && bias->defined();
   const at::Tensor b = has_bias ? contiguous(*bias) : at::Tensor();
   const at::Tensor output = empty_like_of(input, sizes);
-  const bool known = with_storage_type(input.scalar_type(), [&]<class T>(T) {
+  with_storage_type(input.scalar_type(), [&]<class T>(T) {
     gemm<T>(
         x.count, weight.size(1), x.cols, x.matrix<T>(), matrix<T>(weight),
         has_bias ? data<T>(b) : nullptr, act, mutable_data<T>(output));
   });
-  return known ? output : linear_act_formula(input, weight, bias, activation);
+  return output;
 }
 
 // dz (rows, cols) contiguous = dy masked by y, and db = its column sums, in one pass;
@@ -84,7 +83,7 @@ void mask_and_sum(const Rows& dy, const T* y, T* dz, T* db) {
   using C = acc_t<T>;
   const int64_t cols = dy.cols;
   const int64_t chunks = (dy.count + kRowChunk - 1) / kRowChunk;
-  std::vector<C> partial(db ? chunks * cols : 0);
+  const Scratch<C> partial(db ? chunks * cols : 0, C{});
   const auto& storage = kernels().storage<T>();
   const int64_t grain = std::max<int64_t>(1, kMaskGrain / (kRowChunk * std::max<int64_t>(cols, 1)));
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
@@ -93,17 +92,17 @@ void mask_and_sum(const Rows& dy, const T* y, T* dz, T* db) {
       storage.mask(
           std::min(kRowChunk, dy.count - i), cols, dy.matrix<T>().at(i, 0).data, dy.row,
           y ? y + i * cols : nullptr, dz ? dz + i * cols : nullptr,
-          db ? partial.data() + s * cols : nullptr);
+          db ? partial.get() + s * cols : nullptr);
     }
   });
   if (db) {
-    std::vector<C> total(cols);
+    const Scratch<C> total(cols, C{});
     for (int64_t s = 0; s < chunks; ++s) {
       for (int64_t j = 0; j < cols; ++j) {
         total[j] += partial[s * cols + j];
       }
     }
-    storage.finish(1, cols, total.data(), cols, nullptr, Activation::kNone, db, cols);
+    storage.finish(1, cols, total.get(), cols, nullptr, Activation::kNone, db, cols);
   }
 }
 
@@ -112,9 +111,12 @@ Gradients linear_act_backward_cpu(
     const OptionalTensor& output, ActivationName activation, GradientMask mask) {
   const auto act = parse_activation(activation);
   check_linear_act_backward(grad_output, input, weight, output, act, mask);
+  if (!has_kernel(grad_output)) {
+    return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
+  }
   Gradients gradients;
   auto& [dx, dw, db] = gradients;
-  const bool known = with_storage_type(grad_output.scalar_type(), [&]<class T>(T) {
+  with_storage_type(grad_output.scalar_type(), [&]<class T>(T) {
     Rows dy(grad_output);
     if (dy.col != 1) {
       dy = Rows(grad_output.contiguous());
@@ -150,9 +152,6 @@ Gradients linear_act_backward_cpu(
       gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
     }
   });
-  if (!known) {
-    return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
-  }
   return gradients;
 }
 

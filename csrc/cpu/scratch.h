@@ -1,0 +1,28 @@
+// Memory for one call, from PyTorch's allocator: its alignment, its out-of-memory error.
+#pragma once
+
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace mylayers::cpu {
+
+template <class C>
+class Scratch {
+ public:
+  // Uninitialised.
+  explicit Scratch(int64_t count)
+      : memory_(
+            count > 0 ? c10::GetCPUAllocator()->allocate(count * static_cast<int64_t>(sizeof(C)))
+                      : c10::DataPtr()) {}
+  Scratch(int64_t count, C value) : Scratch(count) { std::fill_n(get(), count, value); }
+
+  C* get() const { return static_cast<C*>(memory_.get()); }
+  C& operator[](int64_t i) const { return get()[i]; }
+
+ private:
+  c10::DataPtr memory_;
+};
+
+}  // namespace mylayers::cpu
