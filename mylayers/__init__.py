@@ -17,9 +17,13 @@ if not any(
     # shadows the installed package, which has the compiled half. Every submodule is taken
     # from there, so that what runs is what was installed.
     _here = os.path.dirname(os.path.abspath(__path__[0]))
-    _spec = importlib.machinery.PathFinder.find_spec(
-        __name__, [p for p in sys.path if os.path.abspath(p or os.curdir) != _here]
-    )
+    _path = sys.path[:]
+    try:
+        sys.path[:] = [p for p in _path if os.path.abspath(p or os.curdir) != _here]
+        _specs = (finder.find_spec(__name__, None) for finder in sys.meta_path)
+        _spec = next(filter(None, _specs), None)
+    finally:
+        sys.path[:] = _path
     if _spec is None or not _spec.submodule_search_locations:
         raise ImportError(
             f"mylayers was imported from its source folder, {__path__[0]}, where it is not "

@@ -29,12 +29,15 @@ def build_info() -> dict[str, Any]:
     """What the compiled half was built with and which kernels it runs here.
 
     Returns:
-        ``torch``: the version compiled against; ``compiler``; ``cplusplus``: the standard
-        (``__cplusplus``); ``instruction_sets``: those compiled; ``kernels``: the one that
-        this processor runs (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels
-        are); ``bfloat16_units``: whether bfloat16 products run on its 16-bit matrix units, which
-        treat subnormal values as zero; ``openmp``: whether kernels share PyTorch's threads; ``cuda``: the version
-        compiled for, or None; ``file``: the extension's path.
+        - ``torch``, ``compiler``, ``cplusplus``: the versions compiled with (the last is
+          ``__cplusplus``).
+        - ``instruction_sets``: those compiled; ``kernels``: the one that this processor runs
+          (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels are).
+        - ``bfloat16_units``: whether bfloat16 products run on the processor's 16-bit matrix
+          units, which take subnormal values for zero.
+        - ``openmp``: whether kernels share PyTorch's threads.
+        - ``cuda``: the version compiled for, or None.
+        - ``file``: the extension's path.
 
     Example:
         >>> import mylayers

@@ -1,0 +1,144 @@
+"""The package as installed: versions, what it says of itself, and what it says when it cannot."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mylayers
+from mylayers import __main__ as report
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = Path(mylayers.functional.__file__).resolve().parent
+
+
+def run(*arguments, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def copy_package(to, leave_out=(), **files):
+    """The installed package under another folder, without some files and with others."""
+    package = to / "mylayers"
+    package.mkdir()
+    for file in INSTALLED.iterdir():
+        if file.is_file() and not file.name.startswith(leave_out):
+            (package / file.name).symlink_to(file)
+    for name, text in files.items():
+        (package / f"{name}.py").unlink(missing_ok=True)
+        (package / f"{name}.py").write_text(text)
+    return to
+
+
+def test_the_metadata_require_the_series_of_torch_it_was_built_for():
+    series = ".".join(mylayers.build_info()["torch"].split(".")[:2])
+    assert f"torch=={series}.*" in importlib.metadata.requires("mylayers")
+    assert torch.__version__.startswith(series + ".")
+
+
+def test_the_versions_of_metadata_and_module_agree():
+    assert importlib.metadata.version("mylayers") == mylayers.__version__
+
+
+def test_build_info_tells_what_was_built():
+    info = mylayers.build_info()
+    assert info["kernels"] in info["instruction_sets"]
+    assert "generic" in info["instruction_sets"]
+    assert isinstance(info["bfloat16_units"], bool)
+    assert Path(info["file"]).parent == INSTALLED
+    assert info["cuda"] is None
+
+
+@pytest.mark.parametrize(("capability", "kernels"), [("default", "generic"), ("avx2", "avx2")])
+def test_aten_cpu_capability_lowers_the_kernels_and_they_pass_the_self_check(
+    capability, kernels, tmp_path
+):
+    if kernels not in mylayers.build_info()["instruction_sets"]:
+        pytest.skip(f"{kernels} kernels are not built for this processor")
+    done = run("-m", "mylayers", cwd=tmp_path, ATEN_CPU_CAPABILITY=capability)
+    assert f"this machine runs {kernels}" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_report_names_torch_and_ends_all_right(capsys):
+    assert report.main() == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert text.endswith("all right\n")
+    assert text.count(" ok\n") == 2 * len(report.DTYPES)
+
+
+@pytest.mark.parametrize("name", ["linear_act", "center"])
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_the_self_check_fails_for_a_wrong_kernel(name, factor, monkeypatch, capsys):
+    right = getattr(mylayers.functional, name)
+    monkeypatch.setattr(mylayers.functional, name, lambda *args: right(*args) * factor)
+    assert report.main() == 1
+    text = capsys.readouterr().out
+    assert "WRONG" in text
+    assert "FAILED" in text
+
+
+def test_another_series_of_torch_is_refused_with_both_versions_and_the_remedy(tmp_path):
+    copy_package(tmp_path, _built_for='TORCH = "2.11.0"\n')
+    done = run("-c", "import mylayers", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ImportError: mylayers was compiled for torch 2.11 (2.11.0)" in done.stderr
+    assert torch.__version__ in done.stderr
+    assert "pip install" in done.stderr
+
+
+def test_another_patch_release_of_torch_is_taken(tmp_path):
+    series = ".".join(torch.__version__.split(".")[:2])
+    copy_package(tmp_path, _built_for=f'TORCH = "{series}.99"\n')
+    done = run("-c", "import mylayers; print(mylayers.build_info()['file'])", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+
+
+def test_a_source_folder_hands_over_to_the_installed_package(tmp_path):
+    copy_package(tmp_path, leave_out=("_C.", "layers", "functional", "_built_for"))
+    code = "import mylayers, mylayers.layers as m; print(mylayers.__file__); print(m.__file__)"
+    done = run("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shadow, layers = map(Path, done.stdout.split())
+    assert shadow.parent.parent == tmp_path
+    assert layers.resolve().parent == INSTALLED
+
+
+def test_a_source_folder_alone_says_that_it_is_not_compiled(tmp_path):
+    copy_package(tmp_path, leave_out=("_C.", "_built_for"))
+    done = run("-S", "-c", "import mylayers", cwd=tmp_path)  # -S: no installed packages
+    assert done.returncode == 1
+    assert "ImportError: mylayers was imported from its source folder" in done.stderr
+    assert f"pip install {tmp_path}" in done.stderr
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Runs setup.py's build in a folder of its own, with some environment."""
+
+    def run_build(**environment):
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            (tmp_path / name).symlink_to(ROOT / name)
+        (tmp_path / "mylayers").symlink_to(ROOT / "mylayers")
+        return run("setup.py", "-q", "build_ext", cwd=tmp_path, **environment)
+
+    return run_build
+
+
+def test_a_missing_compiler_says_what_to_install(build):
+    done = build(CXX="no-such-compiler")
+    assert done.returncode == 1
+    assert "found no compiler ('no-such-compiler' is not on the PATH)" in done.stderr
+    assert "apt-get install g++" in done.stderr
