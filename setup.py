@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -42,11 +43,13 @@ def jobs() -> int:
     return max(1, min(processors or 1, int(free_kib / 2**20 / GIB_PER_JOB)))
 
 
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+
+
 def check_tools() -> None:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
+    if shutil.which(COMPILER[0]) is None:
         raise SystemExit(
-            f"mylayers compiles C++ and found no compiler ('{compiler}' is not on the PATH). "
+            f"mylayers compiles C++ and found no compiler ('{COMPILER[0]}' is not on the PATH). "
             "Install one and try again: 'apt-get install g++' on Debian and Ubuntu, "
             "'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or name yours "
             "in the environment variable CXX."
@@ -57,6 +60,23 @@ def check_tools() -> None:
             "try again: 'apt-get install python3-dev' on Debian and Ubuntu, 'dnf install "
             "python3-devel' on Fedora."
         )
+
+
+def compiler_flags() -> list[str]:
+    """What g++ and clang want told differently.
+
+    -fopenmp is for at::parallel_for, and is not given to the linker: GOMP_parallel then binds to
+    the OpenMP runtime that torch has loaded, and both share one pool of threads. clang calls
+    another runtime, which torch does not have; kernels that it compiles run on one thread.
+    """
+    try:
+        version = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True).stdout
+    except OSError:  # check_tools says so, if it comes to compiling
+        return []
+    if "clang" in version:
+        return ["-Wno-unknown-pragmas"]  # OpenMP's own
+    # g++ 12 warns inside its own AVX-512 headers (GCC bug 105593).
+    return ["-fopenmp", "-Wno-maybe-uninitialized"]
 
 
 class Build(BuildExtension):
@@ -93,15 +113,10 @@ extension = CppExtension(
         "-O3",
         "-g0",
         "-fvisibility=hidden",
-        # For at::parallel_for. Not given to the linker: GOMP_parallel then binds to the
-        # OpenMP runtime that torch has loaded, and both share one pool of threads.
-        *([] if sysconfig.get_platform().startswith("macosx") else ["-fopenmp"]),
         "-Wall",
         # 64-byte vectors never cross a function that is not inlined.
         "-Wno-psabi",
-        # g++ 12 warns inside its own AVX-512 headers (GCC bug 105593).
-        "-Wno-maybe-uninitialized",
-        "-Wno-unknown-pragmas",
+        *compiler_flags(),
     ],
 )
 

@@ -57,14 +57,13 @@ constexpr int64_t kColumnBlock = std::is_same_v<T, bfloat16_t> ? 256 : 512;
 constexpr int64_t kDepthBlock = 256;
 constexpr int64_t kFewRows = 24;
 constexpr int64_t kFewRowsDepth = 32;
-constexpr int64_t kTileRows = 6;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
 // so the rest is cut into powers of two.
 constexpr int64_t kUnitRows = 64;
 constexpr int64_t kUnitDepth = 512;
 constexpr int64_t kWidestLane = 16;
 // Multiply-adds below which a second thread costs more than it saves.
-constexpr int64_t kSerialWork = int64_t{1} << 19;
+constexpr double kSerialWork = 1 << 19;
 // Long sums are cut into pieces of at least this many terms.
 constexpr int64_t kLongPiece = 2048;
 constexpr int64_t kMostPieces = 64;
@@ -80,19 +79,20 @@ void gemm_serial_bf16(
     int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
-  const int64_t even_k = round_up(k, 2);
+  const int64_t widest = std::min(round_up(k, 2), kUnitDepth);
   const int64_t panels = ceil_div(n, kPanel);
-  const int64_t panel_size = std::min(even_k, kUnitDepth) * kPanel;
-  const bool copy_a = a.col != 1 || k != even_k;
-  const Scratch<bfloat16_t> a_rows(copy_a ? m * even_k : 0);
+  const int64_t panel_size = widest * kPanel;
+  const bool copy_a = a.col != 1 || k % 2 != 0;
+  const Scratch<bfloat16_t> a_rows(copy_a ? m * widest : 0);
   const Scratch<bfloat16_t> b_panels(panels * panel_size);
   const Scratch<float> sums(panels * m * kPanel);
-  if (copy_a) {
-    pairs.copy(m, k, a.data, a.row, a.col, a_rows.get(), even_k);
-    a = {a_rows.get(), even_k, 1};
-  }
   for (int64_t p = 0; p < k; p += kUnitDepth) {
     const int64_t depth = std::min(kUnitDepth, k - p);
+    Matrix<bfloat16_t> a_in = a.at(0, p);
+    if (copy_a) {
+      pairs.copy(m, depth, a_in.data, a.row, a.col, a_rows.get(), widest);
+      a_in = {a_rows.get(), widest, 1};
+    }
     pairs.pack_pairs(depth, n, b.at(p, 0).data, b.row, b.col, b_panels.get(), panel_size);
     for (int64_t j = 0; j < panels; ++j) {
       for (int64_t i = 0; i < m;) {
@@ -102,7 +102,8 @@ void gemm_serial_bf16(
         }
         at::native::cpublas::brgemm(
             rows, round_up(std::min(kPanel, n - j * kPanel), kWidestLane), round_up(depth, 2),
-            a.row, kPanel, kPanel, p > 0, reinterpret_cast<const at::BFloat16*>(a.at(i, p).data),
+            a_in.row, kPanel, kPanel, p > 0,
+            reinterpret_cast<const at::BFloat16*>(a_in.at(i, 0).data),
             reinterpret_cast<const at::BFloat16*>(b_panels.get() + j * panel_size),
             sums.get() + (j * m + i) * kPanel);
         i += rows;
@@ -146,17 +147,12 @@ void gemm_serial(
   const int64_t panel = m <= kStreamRows && !pack_b ? n : kPanel;
 
   const Scratch<C> b_panel(pack_b ? std::min(k, depth_block) * kPanel : 0);
-  const Scratch<C> a_wide(kWiden ? m * k : 0);
+  const Scratch<C> a_wide(kWiden ? m * std::min(k, depth_block) : 0);
   const Scratch<C> c_wide(kNarrow ? m * n : 0);
-  Matrix<C> a_in;
   C* sums;
   int64_t sums_row;
   const C* add = nullptr;
-  if constexpr (kWiden) {
-    storage.pack(m, k, a.data, a.row, a.col, a_wide.get(), k);
-    a_in = {a_wide.get(), k, 1};
-  } else {
-    a_in = a;
+  if constexpr (!kWiden) {
     add = bias;
   }
   if constexpr (kNarrow) {
@@ -170,6 +166,13 @@ void gemm_serial(
   do {  // once even for k = 0: the result is then act(bias)
     const int64_t depth = std::min(depth_block, k - p);
     const bool finish = !kNarrow && p + depth == k;
+    Matrix<C> a_in;
+    if constexpr (kWiden) {
+      storage.pack(m, depth, a.at(0, p).data, a.row, a.col, a_wide.get(), depth);
+      a_in = {a_wide.get(), depth, 1};
+    } else {
+      a_in = a.at(0, p);
+    }
     for (int64_t j = 0; j < n; j += panel) {
       const int64_t cols = std::min(panel, n - j);
       Matrix<C> b_in;
@@ -180,8 +183,8 @@ void gemm_serial(
         b_in = b.at(p, j);
       }
       product.block(
-          m, cols, depth, a_in.at(0, p).data, a_in.row, a_in.col, b_in.data, b_in.row, sums + j,
-          sums_row, p > 0, finish, add ? add + j : nullptr, act);
+          m, cols, depth, a_in.data, a_in.row, a_in.col, b_in.data, b_in.row, sums + j, sums_row,
+          p > 0, finish, add ? add + j : nullptr, act);
     }
     p += depth;
   } while (p < k);
@@ -199,7 +202,8 @@ void gemm(
   if (m == 0 || n == 0) {
     return;
   }
-  const bool alone = m * n * std::max<int64_t>(k, 1) <= kSerialWork || at::in_parallel_region();
+  const double work = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  const bool alone = work <= kSerialWork || at::in_parallel_region();
   const int64_t threads = alone ? 1 : at::get_num_threads();
   // As many tasks as keep every thread busy to the end. Columns are split before rows, because
   // tasks that share columns of b each pack them. Bits do not depend on this choice.

@@ -32,6 +32,8 @@ struct Accumulate<double> {
 template <class T>
 using acc_t = typename Accumulate<T>::type;
 
+// Rows of a register tile.
+constexpr int kTileRows = 6;
 // Columns of the widest tile; packed panels are this wide or less.
 constexpr int64_t kPanel = 64;
 // Up to this many rows of a, a block of more than kPanel columns streams b row by row.

@@ -46,9 +46,8 @@ namespace {
 // ---- vectors ------------------------------------------------------------------------
 
 constexpr int kBytes = MYLAYERS_LEVEL == 2 ? 64 : MYLAYERS_LEVEL == 1 ? 32 : 16;
-// Rows of a register tile and vectors across it: 24 of AVX-512's 32 registers hold sums,
+// Vectors across a register tile of kTileRows rows: 24 of AVX-512's 32 registers hold sums,
 // 12 of AVX2's 16, leaving room for one row of b and the broadcast element of a.
-constexpr int kTileRows = 6;
 constexpr int kTileVectors = MYLAYERS_LEVEL == 2 ? 4 : 2;
 
 template <class C>

@@ -114,8 +114,7 @@ Gradients linear_act_backward_cpu(
   if (!has_kernel(grad_output)) {
     return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
   }
-  Gradients gradients;
-  auto& [dx, dw, db] = gradients;
+  at::Tensor dx, dw, db;
   with_storage_type(grad_output.scalar_type(), [&]<class T>(T) {
     Rows dy(grad_output);
     if (dy.col != 1) {
@@ -152,7 +151,7 @@ Gradients linear_act_backward_cpu(
       gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
     }
   });
-  return gradients;
+  return {dx, dw, db};
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CPU, m) {
