@@ -36,8 +36,11 @@ using acc_t = typename Accumulate<T>::type;
 constexpr int kTileRows = 6;
 // Columns of the widest tile; packed panels are this wide or less.
 constexpr int64_t kPanel = 64;
-// Up to this many rows of a, a block of more than kPanel columns streams b row by row.
+// Few rows of a, or few rows of b: the product waits for memory, and runs along all columns
+// instead of tile by tile.
 constexpr int64_t kStreamRows = 4;
+constexpr int64_t kStreamDepth = 8;
+constexpr bool streams(int64_t m, int64_t k) { return m <= kStreamRows || k <= kStreamDepth; }
 
 // Inner loops over the element type C in which products are formed (float, double).
 template <class C>
