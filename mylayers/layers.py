@@ -16,7 +16,8 @@ __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
 def _integer(value: object) -> int | None:
     """The value of whatever acts as an integer, NumPy's included; None for all else."""
-    if isinstance(value, bool):
+    # Truth values of NumPy and torch pass for 0 and 1, with a warning at most.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
