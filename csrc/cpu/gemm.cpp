@@ -51,12 +51,8 @@ namespace {
 constexpr int64_t kRowBlock = 256;
 template <class T>
 constexpr int64_t kColumnBlock = std::is_same_v<T, bfloat16_t> ? 256 : 512;
-// Rows of b per pass over the task: 256 x 64 float32, a panel, are 64 KiB. With few rows of a,
-// b is not used again before it has left the cache, and comes from memory faster in 32 streams
-// than in 256.
+// Rows of b per pass over the task: 256 x 64 float32, a panel, are 64 KiB.
 constexpr int64_t kDepthBlock = 256;
-constexpr int64_t kFewRows = 24;
-constexpr int64_t kFewRowsDepth = 32;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
 // so the rest is cut into powers of two.
 constexpr int64_t kUnitRows = 64;
@@ -143,11 +139,10 @@ void gemm_serial(
   constexpr bool kWiden = !std::is_same_v<T, C>;     // 16-bit input: widen while packing
   constexpr bool kNarrow = !std::is_same_v<Out, C>;  // 16-bit output: sum in scratch
   const bool pack_b = kWiden || b.col != 1;
-  const int64_t depth_block = m <= kFewRows && !pack_b ? kFewRowsDepth : kDepthBlock;
   const int64_t panel = streams(m, k) && !pack_b ? n : kPanel;
 
-  const Scratch<C> b_panel(pack_b ? std::min(k, depth_block) * kPanel : 0);
-  const Scratch<C> a_wide(kWiden ? m * std::min(k, depth_block) : 0);
+  const Scratch<C> b_panel(pack_b ? std::min(k, kDepthBlock) * kPanel : 0);
+  const Scratch<C> a_wide(kWiden ? m * std::min(k, kDepthBlock) : 0);
   const Scratch<C> c_wide(kNarrow ? m * n : 0);
   C* sums;
   int64_t sums_row;
@@ -164,7 +159,7 @@ void gemm_serial(
   }
   int64_t p = 0;
   do {  // once even for k = 0: the result is then act(bias)
-    const int64_t depth = std::min(depth_block, k - p);
+    const int64_t depth = std::min(kDepthBlock, k - p);
     const bool finish = !kNarrow && p + depth == k;
     Matrix<C> a_in;
     if constexpr (kWiden) {
