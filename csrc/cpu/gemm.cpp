@@ -138,6 +138,11 @@ void gemm_serial(
   const auto& storage = kernels().storage<T>();
   constexpr bool kWiden = !std::is_same_v<T, C>;     // 16-bit input: widen while packing
   constexpr bool kNarrow = !std::is_same_v<Out, C>;  // 16-bit output: sum in scratch
+  if constexpr (!kWiden) {
+    if (m <= kStreamRows && b.row == 1 && b.col != 1) {
+      return product.transposed(m, n, k, a.data, a.row, a.col, b.data, b.col, c, c_row, bias, act);
+    }
+  }
   const bool pack_b = kWiden || b.col != 1;
   const int64_t panel = streams(m, k) && !pack_b ? n : kPanel;
 
