@@ -1,9 +1,11 @@
 """How fast the layers are beside what else computes them: ``python -m benchmarks``.
 
 - ``cases``: what is computed (layers, candidates, shapes, suites);
+- ``peers``: how a candidate is made ready (compiled, frozen, in ONNX Runtime);
+- ``limits``: what this machine can do at best; ``limits.cpp`` is its compiled half;
 - ``measure``: one case, verified against ``mylayers.reference``, then timed;
 - ``timing``: candidates that take turns;
 - ``machine``: what it ran on;
-- ``report``: tables, CSV, JSON and plot;
+- ``report``: tables, CSV, JSON and plots;
 - ``__main__``: the command line.
 """

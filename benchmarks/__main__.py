@@ -2,20 +2,21 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import machine, report
+from benchmarks import limits, machine, report
 from benchmarks.cases import DTYPES, SUITES
-from benchmarks.measure import Case, Result, VerificationError, measure
+from benchmarks.measure import THRESHOLD, Case, Result, VerificationError, measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SECONDS = 1.5  # of timing for a case
-QUICK_SECONDS = 0.5
+SECONDS = 0.6  # of timing for a case
+QUICK_SECONDS = 0.3
+WIDTH = 160  # of the tables, where no terminal tells its own
 
 
 def _count(text: str) -> int:
@@ -27,10 +28,18 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times mylayers against plain PyTorch, each candidate verified first.",
+        description="Times mylayers against what else computes its layers, each candidate "
+        "verified first, and against what the machine can do.",
+        epilog="Exit status: 0; 1 if a candidate computes something else than the reference, or "
+        f"if --check finds a case below {THRESHOLD} of the best peer's speed; 2 for bad arguments.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="fewer shapes, less time: within two minutes"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"fail if a case is slower than {THRESHOLD} times the best peer",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -43,12 +52,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--only", choices=SUITES, nargs="+", help="these suites; default: all")
     parser.add_argument(
+        "--shape", nargs="+", help="only these of the shapes, such as 32x64x64; default: all"
+    )
+    parser.add_argument(
         "--out", type=Path, help="folder for the results; default: benchmarks/results/MACHINE-TIME"
     )
     return parser
 
 
-def _measure_all(cases: Sequence[Case], seconds: float, console: Console) -> list[Result]:
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    return [
+        Case(name, shape, dtype, arguments.device, threads)
+        for name in dict.fromkeys(arguments.only or SUITES)
+        for dtype in dict.fromkeys(arguments.dtype)
+        for threads in dict.fromkeys(arguments.threads)
+        for shape in SUITES[name].grid(dtype, arguments.quick)
+        if not arguments.shape or {str(shape), str(shape).split()[0]} & set(arguments.shape)
+    ]
+
+
+def _limits(arguments: argparse.Namespace, console: Console) -> dict[int, limits.Limits]:
+    if arguments.device != "cpu":
+        return {}
+    try:
+        return {threads: limits.measure(threads) for threads in dict.fromkeys(arguments.threads)}
+    except limits.UnavailableError as error:
+        console.print(f"No limits: {error}", style="yellow", markup=False, soft_wrap=True)
+        return {}
+
+
+def _measure_all(
+    cases: Sequence[Case],
+    seconds: float,
+    known: Mapping[int, limits.Limits],
+    console: Console,
+) -> list[Result]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
     # It is redrawn between the cases only: a thread that redraws would disturb the timing.
@@ -58,7 +96,7 @@ def _measure_all(cases: Sequence[Case], seconds: float, console: Console) -> lis
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case), refresh=True)
-            results.append(measure(SUITES[case.suite], case, seconds))
+            results.append(measure(SUITES[case.suite], case, seconds, known.get(case.threads)))
             progress.advance(task)
         progress.update(task, description="done", refresh=True)
     return results
@@ -71,12 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line's arguments; those of the process if None.
 
     Returns:
-        0, or 1 if a candidate computes something else than the reference.
+        The exit status.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU on this machine")
+    cases = _cases(arguments)
+    if not cases:
+        parser.error(f"--shape: no such shape in these suites: {' '.join(arguments.shape)}")
     here = machine.describe(arguments.device)
     out = arguments.out or RESULTS / machine.folder_name(here, arguments.quick)
     try:
@@ -84,15 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--out: {error}")
 
-    cases = [
-        Case(name, shape, dtype, arguments.device, threads)
-        for name in dict.fromkeys(arguments.only or SUITES)
-        for dtype in dict.fromkeys(arguments.dtype)
-        for threads in dict.fromkeys(arguments.threads)
-        for shape in (SUITES[name].quick if arguments.quick else SUITES[name].shapes)
-    ]
-    # Where no terminal tells its width, the tables take what they need.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if here["load"] > here["cores"]:
         console.print(
             f"This machine is busy (load {here['load']:.1f}, {here['cores']} cores): where threads "
@@ -100,19 +133,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             style="yellow",
             soft_wrap=True,
         )
+    known = _limits(arguments, console)
     try:
-        results = _measure_all(cases, QUICK_SECONDS if arguments.quick else SECONDS, console)
+        results = _measure_all(cases, QUICK_SECONDS if arguments.quick else SECONDS, known, console)
     except VerificationError as error:
         console.print(f"Wrong: {error}", style="bold red", markup=False, soft_wrap=True)
         return 1
 
+    settings = {
+        "quick": arguments.quick,
+        "suites": list(dict.fromkeys(case.suite for case in cases)),
+        "shapes": arguments.shape,
+    }
+    # Before anything is printed: an hour's figures shall survive a closed pipe.
+    files = report.write(results, known, here, settings, out)
+
     for (name, *_), group in report.grouped(results).items():
         console.print(report.table(SUITES[name], group))
-        console.print(report.summary_line(report.summarise(group)), soft_wrap=True)
+        summary = report.summarise(SUITES[name], group, known)
+        console.print(report.summary_line(summary), soft_wrap=True)
         console.print()
-    settings = {"quick": arguments.quick, "suites": list(dict.fromkeys(c.suite for c in cases))}
-    for file in report.write(results, SUITES, here, settings, out):
+    if known:
+        console.print(report.limits_table(known))
+    for line in report.left_out_lines(results):
+        console.print(line, markup=False, soft_wrap=True)
+    for file in files:
         console.print(file, soft_wrap=True)
+
+    slow = report.slow(results)
+    if arguments.check and slow:
+        console.print(report.slow_table(slow), style="red")
+        return 1
     return 0
 
 

@@ -1,6 +1,7 @@
 """What the figures were measured on."""
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ def describe(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "mylayers": mylayers.__version__,
+            "onnxruntime": _version("onnxruntime"),
         },
         "build": {key: value for key, value in mylayers.build_info().items() if key != "file"},
     }
@@ -36,6 +38,13 @@ def folder_name(machine: dict[str, Any], quick: bool) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['gpu'] or machine['cpu']} {cores}".lower())
     minute = datetime.datetime.fromisoformat(machine["date"]).strftime("%Y-%m-%d-%H%M")
     return f"{slug.strip('-')}-{minute}" + ("-quick" if quick else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cores() -> int:

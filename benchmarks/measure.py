@@ -1,16 +1,23 @@
 """One case: every candidate is verified against ``mylayers.reference``, then all are timed."""
 
-import functools
+import dataclasses
 import math
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, SUBJECT, Candidate, Shape, Suite
-from benchmarks.timing import Spread, Step, take_turns
+from benchmarks.cases import DTYPES, NOTEBOOK, SUBJECT, Candidate, Shape, Suite
+from benchmarks.limits import Limit, Limits, Work
+from benchmarks.timing import Spread, Step, sample, take_turns, training_step
+
+THRESHOLD = 0.97  # of the fastest peer's speed: below it, ours is slower
+TOO_SLOW = 20  # times slower than ours is not worth its time,
+AFFORDABLE_SECONDS = 0.05  # unless a step takes no longer than this
+ONCE_SECONDS = 1.0  # after a step of more, no second one tells how long it takes
 
 
 class VerificationError(Exception):
@@ -39,22 +46,36 @@ class Result:
     Attributes:
         case: what was measured.
         size: how large it is, in the unit of its layer.
-        rounds: how often each candidate was timed.
+        work: the least that a step must do.
+        limit: the least time that it may take on this machine; None if that is not known.
+        rounds: how often each candidate was timed in turns.
+        remeasured: whether these are figures of a second, longer measurement, the first one
+            having been below ``THRESHOLD``.
         seconds: of one step, by candidate.
-        ratios: by peer, how many times faster than it ``mylayers`` is: the spread of the
-            ratio within a round, where both ran one after the other.
+        ratios: by peer or yardstick, how many times faster than it ``mylayers`` is: the spread
+            of the ratio within a round, where both ran one after the other.
+        yardsticks: those of the ratios that are to no peer.
+        timed_once: peers too slow to take turns: their figures are those of a single step.
+        left_out: by peer that cannot compute this, why.
     """
 
     case: Case
     size: int
+    work: Work
+    limit: Limit | None
     rounds: int
+    remeasured: bool
     seconds: dict[str, Spread]
     ratios: dict[str, Spread]
+    yardsticks: frozenset[str]
+    timed_once: frozenset[str]
+    left_out: dict[str, str]
 
     @property
     def best_peer(self) -> str:
         """The fastest candidate beside ``mylayers``."""
-        return min(self.ratios, key=lambda name: self.seconds[name].median)
+        peers = self.ratios.keys() - self.yardsticks
+        return min(peers, key=lambda name: self.seconds[name].median)
 
     @property
     def best_ratio(self) -> Spread:
@@ -77,24 +98,26 @@ class Problem:
 
     def __init__(self, suite: Suite, case: Case) -> None:
         dtype = DTYPES[case.dtype]
-        generator = torch.Generator().manual_seed(zlib.crc32(repr(case.shape).encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(str(case.shape).encode()))
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(case.device, dtype)
 
         self.dtype = dtype
-        self.backward = suite.backward
+        self.gradients = suite.gradients
+        self.options = case.shape.options
         self.arguments = [place(drawn) for drawn in suite.layer.draw(case.shape, generator)]
         self.grad_output: Tensor | None = None
-        self.terms = suite.layer.terms(case.shape)
+        output_terms, *gradient_terms = suite.layer.terms(case.shape)
+        self.terms = [output_terms, *(gradient_terms[position] for position in self.gradients)]
 
         exact = [
-            argument.to(torch.float64, copy=True).requires_grad_(self.backward)
-            for argument in self.arguments
+            argument.to(torch.float64, copy=True).requires_grad_(position in self.gradients)
+            for position, argument in enumerate(self.arguments)
         ]
-        output = suite.layer.define(*exact)
+        output = suite.layer.define(*exact, **self.options)
         self.expected = [output.detach()]
-        if self.backward:
+        if self.gradients:
             # Away from a mean of 0, which would hide a gradient that is not centered; not so far
             # that a sum of it overflows float16, since the notebook's formula forms one.
             mean = min(1, torch.finfo(dtype).max / (4 * output.numel()))
@@ -104,12 +127,12 @@ class Problem:
                 # gradient comes in there, so that every candidate has the same one to give.
                 with torch.no_grad():
                     height = suite.layer.kink(*exact).abs()
-                drawn[(height <= rounding(dtype, self.terms[0]) * height.max()).cpu()] = 0
+                drawn[(height <= rounding(dtype, output_terms) * height.max()).cpu()] = 0
             self.grad_output = place(drawn)
             output.backward(self.grad_output.double())
-            self.expected += [argument.grad for argument in exact]
+            self.expected += [exact[position].grad for position in self.gradients]
 
-    def prepare(self, candidate: Candidate) -> tuple[Step, Callable[[], list[Tensor]]]:
+    def prepare(self, candidate: Candidate) -> tuple[Step, Callable[[], list[Tensor | None]]]:
         """The step that is timed, and what reads the gradients that it left behind.
 
         Candidates share the memory of the arguments that they take in the same layout, so
@@ -119,28 +142,21 @@ class Problem:
             argument.t().contiguous() if position in candidate.transposed else argument.detach()
             for position, argument in enumerate(self.arguments)
         ]
-        function, grad_output = candidate.function, self.grad_output
-        if not self.backward:
-            return functools.partial(function, *arguments), list
-        for argument in arguments:
-            argument.requires_grad_()
+        leaves = [arguments[position].requires_grad_() for position in self.gradients]
+        call = candidate.build(*arguments, **self.options)
+        if self.grad_output is None:
+            return call, list
 
-        def step() -> Tensor:
-            for argument in arguments:
-                argument.grad = None
-            output = function(*arguments)
-            output.backward(grad_output)
-            return output
-
-        def gradients() -> list[Tensor]:
+        def gradients() -> list[Tensor | None]:
+            found = [leaf.grad for leaf in leaves]
             return [
-                argument.grad.t() if position in candidate.transposed else argument.grad
-                for position, argument in enumerate(arguments)
+                grad.t() if position in candidate.transposed and grad is not None else grad
+                for position, grad in zip(self.gradients, found, strict=True)
             ]
 
-        return step, gradients
+        return training_step(call, leaves, self.grad_output), gradients
 
-    def verify(self, got: list[Tensor], who: str) -> None:
+    def verify(self, got: Sequence[Tensor | None], who: str) -> None:
         """Compare an output, and the gradients that follow it, with what must come out.
 
         Args:
@@ -150,8 +166,8 @@ class Problem:
         Raises:
             VerificationError: one of them is off.
         """
-        names = ["the output", *(f"gradient {n} of the inputs" for n in range(len(got) - 1))]
-        for name, value, right, terms in zip(names, got, self.expected, self.terms, strict=False):
+        names = ["the output", *(f"gradient {n} of the inputs" for n in self.gradients)]
+        for name, value, right, terms in zip(names, got, self.expected, self.terms, strict=True):
             if value is None:
                 raise VerificationError(f"{who}: {name} is missing")
             if (value.shape, value.dtype) != (right.shape, self.dtype):
@@ -167,13 +183,16 @@ class Problem:
                 )
 
 
-def measure(suite: Suite, case: Case, seconds: float) -> Result:
+def measure(suite: Suite, case: Case, seconds: float, limits: Limits | None = None) -> Result:
     """Verify every candidate of a case, then time them in turns.
+
+    What turns out slower than ``THRESHOLD`` is measured again, for four times as long.
 
     Args:
         suite: what to compute.
         case: at which shape, in which dtype, where.
         seconds: how long to time.
+        limits: of this machine with as many threads, if known.
 
     Returns:
         Times and ratios.
@@ -183,31 +202,106 @@ def measure(suite: Suite, case: Case, seconds: float) -> Result:
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
+    synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     try:
-        with torch.set_grad_enabled(suite.backward):
-            steps = _verified_steps(suite, case)
-            synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
-            samples = take_turns(steps, seconds, synchronize)
+        with torch.set_grad_enabled(bool(suite.gradients)):
+            steps, first, left_out = _verified_steps(suite, case)
+            once = _too_slow(steps, first, synchronize)
+            turns = {name: step for name, step in steps.items() if name not in once}
+            restless = {name for name in turns if suite.candidates[name].restless}
+            start = time.perf_counter()
+            samples = take_turns(turns, seconds, synchronize, restless)
+            result = _result(suite, case, limits, samples, once, left_out)
+            if result.best_ratio.median < THRESHOLD:
+                longer = 4 * (time.perf_counter() - start)
+                samples = take_turns(turns, longer, synchronize, restless)
+                again = _result(suite, case, limits, samples, once, left_out)
+                result = dataclasses.replace(again, remeasured=True)
     finally:
         torch.set_num_threads(threads_before)
+        torch.compiler.reset()  # or each case would look for its code among that of all before
+    return result
+
+
+def _verified_steps(
+    suite: Suite, case: Case
+) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
+    """Verify all candidates.
+
+    Returns:
+        The steps of those that can compute the case, the seconds that the first step of each
+        took, and why the others cannot.
+    """
+    problem = Problem(suite, case)
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for name, candidate in suite.candidates.items():
+        try:
+            step, gradients = problem.prepare(candidate)
+            start = time.perf_counter()
+            output = step()
+            first[name] = time.perf_counter() - start
+        except Exception as error:
+            if name in (SUBJECT, NOTEBOOK):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            left_out[name] = f"{type(error).__name__}: {reason}"
+            continue
+        if not candidate.yardstick:
+            problem.verify([output, *gradients()], f"{name} in {case}")
+        steps[name] = step
+    return steps, first, left_out
+
+
+def _too_slow(
+    steps: Mapping[str, Step], first: Mapping[str, float], synchronize: Callable[[], None]
+) -> dict[str, float]:
+    """The peers that would take the time of all others, and the seconds of one step of theirs."""
+    taken = {
+        # The better of two: the machine may have been elsewhere in one.
+        name: first[name]
+        if first[name] > ONCE_SECONDS
+        else min(sample(step, 1, synchronize) for _ in range(2))
+        for name, step in steps.items()
+    }
+    return {
+        name: seconds
+        for name, seconds in taken.items()
+        if seconds > max(TOO_SLOW * taken[SUBJECT], AFFORDABLE_SECONDS)
+    }
+
+
+def _result(
+    suite: Suite,
+    case: Case,
+    limits: Limits | None,
+    samples: Mapping[str, Sequence[float]],
+    once: Mapping[str, float],
+    left_out: dict[str, str],
+) -> Result:
     own = samples[SUBJECT]
+    seconds = {name: Spread.of(values) for name, values in samples.items()}
+    ratios = {
+        name: Spread.of([peer / ours for peer, ours in zip(values, own, strict=True)])
+        for name, values in samples.items()
+        if name != SUBJECT
+    }
+    for name, single in once.items():
+        seconds[name] = Spread(single, single, single)
+        ours = seconds[SUBJECT]
+        ratios[name] = Spread(single / ours.median, single / ours.high, single / ours.low)
+    work = suite.layer.work(case.shape, suite.gradients)
     return Result(
         case=case,
         size=suite.layer.size(case.shape),
+        work=work,
+        limit=limits.of(work, case.dtype, len(suite.gradients)) if limits else None,
         rounds=len(own),
-        seconds={name: Spread.of(values) for name, values in samples.items()},
-        ratios={
-            name: Spread.of([peer / ours for peer, ours in zip(values, own, strict=True)])
-            for name, values in samples.items()
-            if name != SUBJECT
-        },
+        remeasured=False,
+        seconds=seconds,
+        ratios=ratios,
+        yardsticks=frozenset(name for name in ratios if suite.candidates[name].yardstick),
+        timed_once=frozenset(once),
+        left_out=left_out,
     )
-
-
-def _verified_steps(suite: Suite, case: Case) -> dict[str, Step]:
-    problem = Problem(suite, case)
-    steps = {}
-    for name, candidate in suite.layer.candidates.items():
-        steps[name], gradients = problem.prepare(candidate)
-        problem.verify([steps[name](), *gradients()], f"{name} in {case}")
-    return steps

@@ -2,15 +2,20 @@
 
 import contextlib
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 Step = Callable[[], object]
 
 SAMPLE_SECONDS = 200e-6  # a thousand times what the clock and the loop around it may err by
 LEAST_ROUNDS = 7  # the fewest that quartiles mean something for
+NAP_SECONDS = 0.01  # Linux counts the time of threads on other cores in steps of up to 4 ms
+MOST_NAPS = 20
 
 
 class Spread(NamedTuple):
@@ -27,8 +32,26 @@ class Spread(NamedTuple):
         return cls(median, low, high)
 
 
+def training_step(
+    forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad_output: Tensor
+) -> Callable[[], Tensor]:
+    """Forward and backward with a given gradient; the gradients of the step before are dropped."""
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        output = forward()
+        output.backward(grad_output)
+        return output
+
+    return step
+
+
 def take_turns(
-    steps: Mapping[str, Step], seconds: float, synchronize: Callable[[], None]
+    steps: Mapping[str, Step],
+    seconds: float,
+    synchronize: Callable[[], None],
+    restless: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Time some candidates in rounds, each of which measures every one of them once.
 
@@ -39,25 +62,54 @@ def take_turns(
         steps: what to time, by name.
         seconds: how long to go on; at least ``LEAST_ROUNDS`` rounds are made.
         synchronize: waits until the device has done what it was given.
+        restless: the names of those with threads of their own, which spin for a while after a
+            step. Between theirs and the others' turns the cores are handed over, which takes
+            a while; in return samples are ten times as long.
 
     Returns:
         For each name the seconds of one step, by round.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
-        loops = {name: _loops(step, synchronize) for name, step in steps.items()}
+        least = SAMPLE_SECONDS * (10 if restless else 1)
+        loops = {name: _loops(step, least, synchronize) for name, step in steps.items()}
         order = list(steps)
+        quiet = [name for name in order if name not in restless]
+        before = order[-1]
         end = time.perf_counter() + seconds
         rounds = 0
         while rounds < LEAST_ROUNDS or time.perf_counter() < end:
             for name in order:
-                samples[name].append(_sample(steps[name], loops[name], synchronize) / loops[name])
+                if name != before and not {name, before}.isdisjoint(restless):
+                    hand_over(steps[n] for n in ([name] if name in restless else quiet))
+                before = name
+                samples[name].append(sample(steps[name], loops[name], synchronize) / loops[name])
             order.reverse()
             rounds += 1
     return samples
 
 
-def _sample(step: Step, loops: int, synchronize: Callable[[], None]) -> float:
+def hand_over(steps: Iterable[Step]) -> None:
+    """Give the cores to these steps alone: let the threads of all others go to sleep first.
+
+    OpenMP's threads spin for 10 ms after a parallel region, ONNX Runtime's for 40 ms; what runs
+    beside them takes twice its time and makes them spin for longer. The steps then run untimed,
+    to warm caches and clock that cooled meanwhile.
+    """
+    for _ in range(MOST_NAPS):
+        busy = time.process_time()
+        time.sleep(NAP_SECONDS)
+        if time.process_time() - busy < NAP_SECONDS / 10:
+            break
+    end = time.perf_counter() + NAP_SECONDS
+    for step in itertools.cycle(steps):
+        step()
+        if time.perf_counter() > end:
+            break
+
+
+def sample(step: Step, loops: int = 1, synchronize: Callable[[], None] = lambda: None) -> float:
+    """The seconds that some steps take one after the other."""
     synchronize()
     start = time.perf_counter()
     for _ in range(loops):
@@ -66,11 +118,11 @@ def _sample(step: Step, loops: int, synchronize: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _loops(step: Step, synchronize: Callable[[], None]) -> int:
+def _loops(step: Step, least: float, synchronize: Callable[[], None]) -> int:
     """How many steps a sample takes; finding out warms up caches, allocator and threads."""
-    _sample(step, 1, synchronize)
+    sample(step, 1, synchronize)
     loops = 1
-    while _sample(step, loops, synchronize) < SAMPLE_SECONDS:
+    while sample(step, loops, synchronize) < least:
         loops *= 2
     return loops
 

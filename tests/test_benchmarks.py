@@ -1,23 +1,37 @@
 """The benchmark harness: that what it reports was verified, paired and written down rightly."""
 
+import concurrent.futures
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 import mylayers
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = {"LINEAR": (3, 5, 4), "CENTER": (7,)}
-SUITES = ("linear-forward", "linear-backward", "center-forward", "center-backward")
+SUITES = (
+    "linear-forward",
+    "linear-backward",
+    "linear-backward-weights",
+    "linear-module",
+    "center-forward",
+    "center-backward",
+    "center-dim",
+    "center-module",
+)
+# Candidates that take seconds to set up: few tests have them.
+SLOW_TO_BUILD = {"compile", "max-autotune", "onnxruntime"}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -26,7 +40,8 @@ def bench():
     """The harness's modules; it is run from the repository's root, not installed."""
     sys.path.insert(0, str(ROOT))
     try:
-        names = ("cases", "machine", "measure", "report", "timing", "__main__")
+        modules = (ROOT / "benchmarks").glob("*.py")
+        names = [module.stem for module in modules if module.stem != "__init__"]
         return SimpleNamespace(
             **{name.strip("_"): importlib.import_module(f"benchmarks.{name}") for name in names}
         )
@@ -34,42 +49,149 @@ def bench():
         sys.path.remove(str(ROOT))
 
 
-def tiny_shape(bench, suite):
-    return TINY["LINEAR" if suite.layer is bench.cases.LINEAR else "CENTER"]
+def tiny_shape(bench, name):
+    if name.startswith("linear"):
+        return bench.cases.Shape((3, 5, 4))
+    return bench.cases.Shape((7, 3), (0,)) if name == "center-dim" else bench.cases.Shape((7,))
 
 
 def tiny_case(bench, name, dtype="float32"):
-    shape = tiny_shape(bench, bench.cases.SUITES[name])
-    return bench.measure.Case(name, shape, dtype, "cpu", threads=1)
+    return bench.measure.Case(name, tiny_shape(bench, name), dtype, "cpu", threads=1)
 
 
-def with_candidate(bench, suite, function):
-    layer = suite.layer
-    candidates = {**layer.candidates, "suspect": bench.cases.Candidate(function)}
-    return dataclasses.replace(suite, layer=dataclasses.replace(layer, candidates=candidates))
+def eager_suite(bench, name):
+    suite = bench.cases.SUITES[name]
+    eager = {key: value for key, value in suite.candidates.items() if key not in SLOW_TO_BUILD}
+    return dataclasses.replace(suite, candidates=eager)
+
+
+def with_candidate(bench, name, function, key="suspect"):
+    suite = eager_suite(bench, name)
+    candidate = bench.cases.Candidate(bench.peers.eager(bench.peers.operator(function)))
+    return dataclasses.replace(suite, candidates={**suite.candidates, key: candidate})
+
+
+def made_limits(bench, threads=1):
+    """A machine of 1 GFLOP/s that copies 1 GB/s, 2 in cache, and needs 1 us for a call."""
+    calls = dict.fromkeys(("pybind11 entry", "+ allocation", "nn.Module.__call__"), 1e-6)
+    return bench.limits.Limits(
+        threads=threads,
+        peak=dict.fromkeys(DTYPES, 1e9),
+        units={"float32": 1e9},
+        copy={1 << 12: 1e8, 1 << 16: 2e9, 1 << 20: 1e9},
+        calls=calls,
+        nodes={1: 1e-5, 2: 2e-5, 3: 3e-5},
+    )
 
 
 @pytest.fixture
 def tiny_suites(bench, monkeypatch):
-    """The suites cut down to one tiny shape, and no time spent beyond the fewest rounds."""
-    for name, suite in bench.cases.SUITES.items():
-        shapes = (tiny_shape(bench, suite),)
-        tiny = dataclasses.replace(suite, shapes=shapes, quick=shapes)
+    """The suites cut down to one tiny shape, no time spent beyond the fewest rounds."""
+    for name in SUITES:
+        shapes = (tiny_shape(bench, name),)
+        tiny = dataclasses.replace(eager_suite(bench, name), shapes=shapes, quick=shapes)
         monkeypatch.setitem(bench.cases.SUITES, name, tiny)
     monkeypatch.setattr(bench.main, "SECONDS", 0.0)
     monkeypatch.setattr(bench.main, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(bench.limits, "measure", lambda threads: made_limits(bench, threads))
+
+
+def check_timed(bench, suite, result):
+    assert list(result.seconds) == list(suite.candidates)
+    assert set(result.ratios) == set(suite.candidates) - {"mylayers"}
+    assert result.best_peer in result.ratios.keys() - {"clone"}
+    assert result.rounds >= bench.timing.LEAST_ROUNDS
+    assert not result.left_out
+    for spread in (*result.seconds.values(), *result.ratios.values()):
+        assert 0 < spread.low <= spread.median <= spread.high < math.inf
+
+
+def test_the_suites_are_those_tested_here(bench):
+    assert tuple(bench.cases.SUITES) == SUITES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SUITES)
-def test_every_candidate_passes_verification_and_is_timed(bench, name, dtype):
-    suite = bench.cases.SUITES[name]
+def test_every_eager_candidate_passes_verification_and_is_timed(bench, name, dtype):
+    suite = eager_suite(bench, name)
     result = bench.measure.measure(suite, tiny_case(bench, name, dtype), seconds=0)
-    assert list(result.seconds) == list(suite.layer.candidates)
-    assert set(result.ratios) == set(suite.layer.candidates) - {"mylayers"}
-    assert result.rounds == bench.timing.LEAST_ROUNDS
-    for spread in (*result.seconds.values(), *result.ratios.values()):
-        assert 0 < spread.low <= spread.median <= spread.high < math.inf
+    check_timed(bench, suite, result)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear-forward", "linear-backward", "linear-module", "center-backward"]
+)
+def test_compiled_candidates_pass_verification_in_silence(bench, name, capfd):
+    suite = bench.cases.SUITES[name]
+    candidates = {key: value for key, value in suite.candidates.items() if key != "onnxruntime"}
+    suite = dataclasses.replace(suite, candidates=candidates)
+    assert "compile" in candidates
+    result = bench.measure.measure(suite, tiny_case(bench, name), seconds=0)
+    check_timed(bench, suite, result)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_onnx_runtime_passes_verification(bench, dtype):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    suite = eager_suite(bench, "linear-forward")
+    onnx = bench.cases.SUITES["linear-forward"].candidates["onnxruntime"]
+    suite = dataclasses.replace(suite, candidates={**suite.candidates, "onnxruntime": onnx})
+    result = bench.measure.measure(suite, tiny_case(bench, "linear-forward", dtype), seconds=0)
+    check_timed(bench, suite, result)
+
+
+def test_a_missing_onnx_runtime_is_left_out_and_said_so(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    onnx = bench.cases.SUITES["linear-forward"].candidates["onnxruntime"]
+    suite = eager_suite(bench, "linear-forward")
+    suite = dataclasses.replace(suite, candidates={**suite.candidates, "onnxruntime": onnx})
+    result = bench.measure.measure(suite, tiny_case(bench, "linear-forward"), seconds=0)
+    assert "onnxruntime" not in result.seconds
+    (line,) = bench.report.left_out_lines([result])
+    assert re.fullmatch(r"onnxruntime is left out of 1 of 1 cases: ModuleNotFoundError: .+", line)
+
+
+@pytest.mark.parametrize("name", ["linear-forward", "linear-backward"])
+def test_a_peer_that_raises_is_left_out_with_its_reason(bench, name):
+    def refuse(*_):
+        raise ValueError("not on a Monday\nnor on a Tuesday")
+
+    suite = with_candidate(bench, name, refuse)
+    result = bench.measure.measure(suite, tiny_case(bench, name), seconds=0)
+    assert result.left_out == {"suspect": "ValueError: not on a Monday"}
+    assert "suspect" not in result.seconds
+    assert "suspect" not in result.ratios
+
+
+@pytest.mark.parametrize("key", ["mylayers", "notebook"])
+def test_what_every_table_needs_may_not_raise(bench, key):
+    def refuse(*_):
+        raise ValueError("no")
+
+    suite = with_candidate(bench, "linear-forward", refuse, key)
+    with pytest.raises(ValueError, match="no"):
+        bench.measure.measure(suite, tiny_case(bench, "linear-forward"), seconds=0)
+
+
+def test_a_peer_that_is_far_too_slow_is_not_timed_in_turns(bench, monkeypatch):
+    calls = []
+
+    def crawl(x, weight, bias):
+        calls.append(1)
+        time.sleep(0.06)
+        return (x @ weight + bias).relu()
+
+    monkeypatch.setattr(bench.measure, "AFFORDABLE_SECONDS", 0.05)
+    suite = with_candidate(bench, "linear-forward", crawl)
+    result = bench.measure.measure(suite, tiny_case(bench, "linear-forward"), seconds=0)
+    assert len(calls) == 3  # verified, and one step timed twice
+    assert result.timed_once == {"suspect"}
+    assert result.seconds["suspect"].median >= 0.06
+    ratio, ours = result.ratios["suspect"], result.seconds["mylayers"]
+    assert ratio.low == result.seconds["suspect"].median / ours.high
+    assert bench.measure.TOO_SLOW < ratio.low <= ratio.median <= ratio.high
 
 
 # Everything that relu(x @ w + b) could get wrong by little: each must be noticed.
@@ -82,25 +204,29 @@ WRONG_LINEAR = {
     "another shape": lambda x, w, b: (x @ w + b).relu()[None],
 }
 WRONG_GRADIENTS = {
-    "none for the weight": lambda x, w, b: (x @ w.detach() + b).relu(),
-    "half of the input's": lambda x, w, b: ((x / 2 + x.detach() / 2) @ w + b).relu(),
-    "bias's off by 1e-5": lambda x, w, b: (x @ w + b + 1e-5 * (b - b.detach())).relu(),
+    "none for the weight": (1, lambda x, w, b: (x @ w.detach() + b).relu()),
+    "half of the input's": (0, lambda x, w, b: ((x / 2 + x.detach() / 2) @ w + b).relu()),
+    "bias's off by 1e-5": (2, lambda x, w, b: (x @ w + b + 1e-5 * (b - b.detach())).relu()),
 }
 
 
 @pytest.mark.parametrize("function", WRONG_LINEAR.values(), ids=WRONG_LINEAR)
 def test_a_wrong_output_fails_verification_by_name_before_any_timing(bench, function, monkeypatch):
-    suite = with_candidate(bench, bench.cases.SUITES["linear-forward"], function)
+    suite = with_candidate(bench, "linear-forward", function)
     monkeypatch.setattr(bench.measure, "take_turns", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(bench.measure.VerificationError, match=r"suspect in .*\(3, 5, 4\).* output"):
+    with pytest.raises(bench.measure.VerificationError, match=r"suspect in .* 3x5x4 .* output"):
         bench.measure.measure(suite, tiny_case(bench, "linear-forward"), seconds=0)
 
 
-@pytest.mark.parametrize("function", WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS)
-def test_a_wrong_gradient_fails_verification(bench, function):
-    suite = with_candidate(bench, bench.cases.SUITES["linear-backward"], function)
-    with pytest.raises(bench.measure.VerificationError, match=r"suspect in .* gradient \d"):
-        bench.measure.measure(suite, tiny_case(bench, "linear-backward"), seconds=0)
+@pytest.mark.parametrize(("which", "function"), WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS)
+@pytest.mark.parametrize("name", ["linear-backward", "linear-backward-weights"])
+def test_a_wrong_gradient_that_is_wanted_fails_verification(bench, name, which, function):
+    suite, case = with_candidate(bench, name, function), tiny_case(bench, name)
+    if which in suite.gradients:
+        with pytest.raises(bench.measure.VerificationError, match=rf"suspect .* gradient {which}"):
+            bench.measure.measure(suite, case, seconds=0)
+    else:
+        assert "suspect" in bench.measure.measure(suite, case, seconds=0).ratios
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,14 +238,14 @@ def test_a_wrong_gradient_fails_verification(bench, function):
     ],
 )
 def test_a_mean_that_is_not_subtracted_fails_verification(bench, name, function, what, dtype):
-    suite = with_candidate(bench, bench.cases.SUITES[name], function)
+    suite = with_candidate(bench, name, function)
     with pytest.raises(bench.measure.VerificationError, match=what):
         bench.measure.measure(suite, tiny_case(bench, name, dtype), seconds=0)
 
 
 def test_the_gradient_of_a_large_float16_mean_overflows_in_no_candidate(bench):
-    suite = bench.cases.SUITES["center-backward"]
-    case = dataclasses.replace(tiny_case(bench, "center-backward", "float16"), shape=(1 << 17,))
+    suite, shape = eager_suite(bench, "center-backward"), bench.cases.Shape((1 << 17,))
+    case = dataclasses.replace(tiny_case(bench, "center-backward", "float16"), shape=shape)
     assert bench.measure.measure(suite, case, seconds=0).best_ratio.median > 0
 
 
@@ -132,7 +258,7 @@ def test_measuring_restores_threads_and_grad_mode(bench):
         seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
         return (x @ weight + bias).relu()
 
-    suite = with_candidate(bench, bench.cases.SUITES["linear-forward"], look)
+    suite = with_candidate(bench, "linear-forward", look)
     bench.measure.measure(suite, case, seconds=0)
     assert set(seen) == {(before + 1, False)}
     assert torch.get_num_threads() == before
@@ -147,6 +273,33 @@ def test_candidates_take_turns_in_an_order_that_turns_round(bench, monkeypatch):
     rounds = bench.timing.LEAST_ROUNDS
     assert "".join(calls) == "aabbcc" + ("abccba" * rounds)[: 3 * rounds]
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", rounds)
+
+
+def test_the_cores_are_handed_over_between_restless_candidates_and_the_others(bench, monkeypatch):
+    monkeypatch.setattr(bench.timing, "SAMPLE_SECONDS", 0.0)
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abx"}
+    monkeypatch.setattr(
+        bench.timing, "hand_over", lambda to: calls.append("|") or [step() for step in to]
+    )
+    bench.timing.take_turns(steps, 0, lambda: None, restless={"x"})
+    # x follows itself where the order turns round, and so does a: nothing to hand over there.
+    rounds = "|abab|xx", "x|abba", "ab|xx", "x|abba"
+    assert "".join(calls).startswith("".join(("aabbxx", *rounds)))
+
+
+def test_handing_over_waits_for_other_threads_to_end_their_work(bench):
+    end = time.perf_counter() + 0.05
+
+    def spin():
+        while time.perf_counter() < end:
+            pass
+
+    calls = []
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        executor.submit(spin)
+        bench.timing.hand_over([lambda: calls.append(time.perf_counter())])
+    assert min(calls) >= end
 
 
 def test_a_sample_holds_as_many_steps_as_the_clock_needs(bench, monkeypatch):
@@ -173,13 +326,92 @@ def test_the_ratio_is_taken_within_a_round(bench, monkeypatch):
     # The machine is three times as slow in the second round, for both alike.
     samples = {"mylayers": [1.0, 3.0, 1.0], "notebook": [2.0, 6.0, 2.0]}
     monkeypatch.setattr(bench.measure, "take_turns", lambda *_: samples)
-    suite = bench.cases.SUITES["center-forward"]
+    suite = eager_suite(bench, "center-forward")
     result = bench.measure.measure(suite, tiny_case(bench, "center-forward"), seconds=0)
     assert result.ratios == {"notebook": (2.0, 2.0, 2.0)}
     assert result.seconds["mylayers"] == (1.0, 1.0, 2.0)
+    assert not result.remeasured
 
 
-def made_result(bench, shape, times):
+def test_what_is_slower_than_the_threshold_is_measured_once_more_for_longer(bench, monkeypatch):
+    asked = []
+
+    def take_turns(_steps, seconds, *_):
+        asked.append(seconds)
+        time.sleep(0.01)
+        return {"mylayers": [1.0] * 2, "notebook": [0.5 if len(asked) == 1 else 0.9] * 2}
+
+    monkeypatch.setattr(bench.measure, "take_turns", take_turns)
+    suite = eager_suite(bench, "center-forward")
+    result = bench.measure.measure(suite, tiny_case(bench, "center-forward"), seconds=0.001)
+    assert result.remeasured
+    assert result.best_ratio.median == 0.9  # the second counts, and there is no third
+    assert len(asked) == 2
+    assert asked[1] >= 4 * 0.01
+
+
+def test_a_yardstick_is_no_peer(bench):
+    suite = eager_suite(bench, "center-forward")
+    instant = bench.cases.Candidate(lambda x: lambda: x, yardstick=True)
+    suite = dataclasses.replace(suite, candidates={**suite.candidates, "clone": instant})
+    result = bench.measure.measure(suite, tiny_case(bench, "center-forward"), seconds=0)
+    assert result.seconds["clone"].median < result.seconds["notebook"].median
+    assert result.best_peer == "notebook"
+
+
+@pytest.mark.parametrize(
+    ("shape", "gradients", "limit"),
+    [
+        # 2 * 100**3 operations at 1 GFLOP/s; 30,100 elements of 4 bytes at 1 GB/s.
+        ((100, 100, 100), (), (2e-3, "compute")),
+        ((100, 100, 100), (0, 1, 2), ((6e6 + 1e4) / 1e9, "compute")),
+        ((100, 100, 100), (1, 2), ((4e6 + 1e4) / 1e9, "compute")),
+        # 103 elements of 4 bytes: at the rate of what lies in cache, not at that of tiny copies.
+        ((1, 1, 51), (), (1e-6, "call")),
+        ((1, 1, 51), (1, 2), (2e-5, "call")),
+        # Two operations for 3 elements and less.
+        ((100_000, 1, 1), (), ((1e5 + 2 + 1e5) * 4 / 1e9, "memory")),
+    ],
+)
+def test_the_limit_is_the_largest_of_arithmetic_memory_and_call(bench, shape, gradients, limit):
+    work = bench.cases.LINEAR.work(bench.cases.Shape(shape), gradients)
+    found = made_limits(bench).of(work, "float32", len(gradients))
+    assert found == (pytest.approx(limit[0]), limit[1])
+
+
+def test_fewer_bytes_are_copied_no_slower_than_more(bench):
+    limits = made_limits(bench)
+    assert limits.bandwidth(100) == limits.bandwidth(1 << 16) == 2e9
+    assert limits.bandwidth((1 << 16) + 1) == limits.bandwidth(1 << 30) == 1e9
+
+
+def test_limits_of_this_machine_are_sane(bench):
+    before = torch.get_num_threads()
+    limits = bench.limits.measure(threads=1)
+    assert torch.get_num_threads() == before
+    assert set(limits.peak) == set(DTYPES)
+    assert 1e9 < limits.peak["float64"] < limits.peak["float32"] < 1e13
+    assert limits.peak["float16"] == limits.peak["float32"] <= limits.peak["bfloat16"]
+    assert list(limits.copy) == bench.limits.COPY_BYTES
+    assert all(1e7 < rate < 1e13 for rate in limits.copy.values())
+    assert 0 < limits.calls["pybind11 entry"] < limits.calls["+ allocation"] < 1e-3
+    # A node is the call and the engine's round besides.
+    assert limits.calls["+ allocation"] < limits.nodes[1] < 1e-2
+    assert bench.report.limits_table({1: limits}).row_count > 10
+
+
+def test_without_a_compiler_there_are_no_limits_and_the_reason_is_one_line(
+    bench, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setattr(bench.limits, "BUILD", tmp_path)
+    with pytest.raises(bench.limits.UnavailableError, match=r"\A.*/no-such-compiler: not found\Z"):
+        bench.limits._library.__wrapped__()
+
+
+def made_result(bench, shape, times, seconds_per_unit=1.0):
+    times = {name: seconds * seconds_per_unit for name, seconds in times.items()}
+    shape = bench.cases.Shape(shape)
     spreads = {name: bench.timing.Spread(t, t, t) for name, t in times.items()}
     own = times["mylayers"]
     ratios = {
@@ -188,45 +420,92 @@ def made_result(bench, shape, times):
         if name != "mylayers"
     }
     case = bench.measure.Case("linear-forward", shape, "float32", "cpu", 1)
-    return bench.measure.Result(case, math.prod(shape), 7, spreads, ratios)
+    work = bench.cases.LINEAR.work(shape, ())
+    return bench.measure.Result(
+        case=case,
+        size=math.prod(shape.sizes),
+        work=work,
+        limit=made_limits(bench).of(work, "float32", 0),
+        rounds=7,
+        remeasured=False,
+        seconds=spreads,
+        ratios=ratios,
+        yardsticks=frozenset(),
+        timed_once=frozenset(),
+        left_out={},
+    )
 
 
 def test_the_summary_is_of_geometric_means_and_names_the_worst_case(bench):
-    summary = bench.report.summarise(
-        [
-            made_result(bench, (1, 2, 3), {"mylayers": 1.0, "notebook": 8.0, "linear": 4.0}),
-            made_result(bench, (4, 5, 6), {"mylayers": 2.0, "notebook": 1.0, "linear": 2.0}),
-        ]
-    )
-    assert summary["geometric_mean"] == pytest.approx({"notebook": 2.0, "linear": 2.0})
+    results = [
+        made_result(bench, (1, 2, 3), {"mylayers": 1.0, "notebook": 8.0, "linear": 4.0}),
+        made_result(bench, (4, 5, 6), {"mylayers": 2.0, "notebook": 1.0}),
+    ]
+    suite = bench.cases.SUITES["linear-forward"]
+    summary = bench.report.summarise(suite, results)
+    assert summary["geometric_mean"] == pytest.approx({"notebook": 2.0, "linear": 4.0})
     assert summary["geometric_mean_best"] == pytest.approx(math.sqrt(4.0 * 0.5))
     assert summary["worst"] == 0.5
-    assert summary["worst_shape"] == (4, 5, 6)
+    assert summary["worst_shape"] == "4x5x6"
     assert summary["worst_peer"] == "notebook"
     line = bench.report.summary_line(summary)
-    assert line.endswith("best peer 1.41x. Worst case: 0.50x notebook at 4 x 5 x 6.")
+    assert line == (
+        "Geometric mean: best peer 1.41x, notebook 2.00x. Worst case: 0.50x notebook at 4x5x6."
+    )
+
+
+def test_the_share_of_the_peak_is_that_of_large_products_of_many_rows(bench):
+    # At 1 GFLOP/s: 16.4 ms at least for the first two, of which only the first has rows enough.
+    results = [
+        made_result(bench, (64, 1000, 128), {"mylayers": 2 * 16.384e-3, "notebook": 1.0}),
+        made_result(bench, (63, 1000, 130), {"mylayers": 1.0, "notebook": 1.0}),
+        made_result(bench, (64, 64, 64), {"mylayers": 1.0, "notebook": 1.0}),
+    ]
+    suite, limits = bench.cases.SUITES["linear-forward"], {1: made_limits(bench)}
+    summary = bench.report.summarise(suite, results, limits)
+    assert summary["share_of_peak"] == summary["least_share_of_peak"] == pytest.approx(0.5)
+    assert "large products: 50%" in bench.report.summary_line(summary)
+    assert bench.report.summarise(suite, results[1:], limits)["share_of_peak"] is None
+
+
+def test_the_table_fits_160_columns_with_every_peer_and_the_largest_figures(bench):
+    suite = bench.cases.SUITES["linear-forward"]
+    times = dict.fromkeys(suite.candidates, 0.123456) | {"max-autotune": 0.12}
+    results = [made_result(bench, (1_000_000, 64, 64), times)]
+    console = Console(width=160, file=io.StringIO(), legacy_windows=False)
+    console.print(bench.report.table(suite, results))
+    lines = console.file.getvalue().splitlines()
+    assert all(name in lines[2] for name in suite.candidates)
+    (row,) = [line for line in lines if "1000000x64x64" in line]
+    assert row.split().count("1.00x") == len(suite.candidates) - 2
+    assert "…" not in row
 
 
 @pytest.mark.usefixtures("tiny_suites")
 def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    dtypes, threads = ("float32", "bfloat16"), (1, 2)
-    arguments = ["--quick", "--dtype", *dtypes, "--threads", *map(str, threads), "--out", str(out)]
+    suites, dtypes, threads = SUITES[::3], ("float32", "bfloat16"), (1, 2)
+    arguments = ["--quick", "--only", *suites, "--dtype", *dtypes, "--out", str(out)]
+    arguments += ["--threads", *map(str, threads)]
     assert bench.main.main(arguments) == 0
 
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     measured = {(row["suite"], row["dtype"], int(row["threads"])) for row in rows}
-    assert measured == {(s, d, t) for s in SUITES for d in dtypes for t in threads}
+    assert measured == {(s, d, t) for s in suites for d in dtypes for t in threads}
     for row in rows:
         suite = bench.cases.SUITES[row["suite"]]
-        assert row["shape"] == "x".join(map(str, suite.quick[0]))
-        assert int(row["size"]) == math.prod(suite.quick[0])
-        assert row["candidate"] in suite.layer.candidates
+        assert row["shape"] == str(suite.quick[0])
+        assert int(row["size"]) == math.prod(suite.quick[0].sizes)
+        assert row["candidate"] in suite.candidates
+        assert row["yardstick"] == str(row["candidate"] == "clone")
+        limit, share = float(row["limit_seconds"]), float(row["share_of_limit"])
+        assert share == pytest.approx(limit / float(row["seconds"]))
+        assert row["limited_by"] == "call"
         assert 0 < float(row["seconds_low"]) <= float(row["seconds"]) <= float(row["seconds_high"])
         assert 0 < float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
     # Of each case's candidates one is the subject, and one of the others the best peer.
-    cases = len(SUITES) * len(dtypes) * len(threads)
+    cases = len(suites) * len(dtypes) * len(threads)
     assert sum(row["candidate"] == "mylayers" for row in rows) == cases
     assert sum(row["best_peer"] == "True" for row in rows) == cases
 
@@ -237,13 +516,17 @@ def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
     assert document["machine"]["cores"] >= 1
     assert document["machine"]["versions"]["torch"] == torch.__version__
     assert document["machine"]["versions"]["mylayers"] == mylayers.__version__
-    assert document["settings"] == {"quick": True, "suites": list(SUITES)}
+    assert document["settings"] == {"quick": True, "suites": list(suites), "shapes": None}
+    assert [limits["threads"] for limits in document["limits"]] == list(threads)
+    assert document["left_out"] == []
 
-    assert (out / "ratios.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    for name in ("ratios.png", "roofline.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
     shown = capsys.readouterr().out
     assert shown.count("Geometric mean:") == cases
-    assert "MyLinear, forward without gradients: bfloat16, cpu, threads: 2" in shown
+    assert "linear_act, forward without gradients: bfloat16, cpu, threads: 2" in shown
+    assert "Limits of this machine" in shown
 
 
 @pytest.mark.usefixtures("tiny_suites")
@@ -254,10 +537,66 @@ def test_only_the_suites_asked_for_run(bench, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_suites")
+def test_only_the_shapes_asked_for_run(bench, tmp_path):
+    assert bench.main.main(["--shape", "3x5x4", "7x3", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert {row["shape"] for row in csv.DictReader(file)} == {"3x5x4", "7x3 dim=0"}
+
+
+@pytest.mark.usefixtures("tiny_suites")
+def test_a_run_without_limits_says_why_and_has_no_roofline(bench, tmp_path, capsys, monkeypatch):
+    def unavailable(threads):
+        raise bench.limits.UnavailableError(f"no compiler [for {threads}]")
+
+    monkeypatch.setattr(bench.limits, "measure", unavailable)
+    arguments = ["--only", "linear-forward", "--threads", "1", "--out", str(tmp_path)]
+    assert bench.main.main(arguments) == 0
+    assert "No limits: no compiler [for 1]" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "results.csv",
+        "results.json",
+        "ratios.png",
+    }
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["limits"] == []
+    assert {row["share_of_limit"] for row in document["results"]} == {None}
+
+
+@pytest.mark.usefixtures("tiny_suites")
+@pytest.mark.parametrize(("check", "status"), [([], 0), (["--check"], 1)])
+def test_check_fails_a_run_in_which_a_peer_is_faster(
+    bench, tmp_path, capsys, monkeypatch, check, status
+):
+    def dawdle(x):
+        time.sleep(0.001)
+        return x - x.mean()
+
+    dawdling = with_candidate(bench, "center-forward", dawdle, "mylayers")
+    monkeypatch.setitem(bench.cases.SUITES, "center-forward", dawdling)
+    arguments = ["--only", "center-forward", "--out", str(tmp_path), *check]
+    assert bench.main.main(arguments) == status
+    assert ("Below 0.97x" in capsys.readouterr().out) == bool(check)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert {row["remeasured"] for row in document["results"]} == {True}
+
+
+@pytest.mark.usefixtures("tiny_suites")
+def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, monkeypatch):
+    def dawdle(x):
+        time.sleep(0.001)
+        return x - x.mean()
+
+    dawdling = with_candidate(bench, "center-forward", dawdle, "notebook")
+    monkeypatch.setitem(bench.cases.SUITES, "center-forward", dawdling)
+    arguments = ["--only", "center-forward", "--out", str(tmp_path), "--check"]
+    assert bench.main.main(arguments) == 0
+
+
+@pytest.mark.usefixtures("tiny_suites")
 def test_a_run_with_a_wrong_candidate_fails_and_writes_nothing(
     bench, tmp_path, capsys, monkeypatch
 ):
-    wrong = with_candidate(bench, bench.cases.SUITES["center-forward"], lambda x: x * 1)
+    wrong = with_candidate(bench, "center-forward", lambda x: x * 1)
     monkeypatch.setitem(bench.cases.SUITES, "center-forward", wrong)
     assert bench.main.main(["--only", "center-forward", "--out", str(tmp_path)]) == 1
     assert "Wrong: suspect in center-forward" in capsys.readouterr().out
@@ -274,6 +613,7 @@ def test_a_run_with_a_wrong_candidate_fails_and_writes_nothing(
         (["--threads", "0"], r"--threads: must be a whole number from 1; got '0'"),
         (["--threads", "two"], r"--threads: must be a whole number from 1; got 'two'"),
         (["--out", __file__], r"--out: .*test_benchmarks\.py"),
+        (["--shape", "1x2"], r"--shape: no such shape in these suites: 1x2"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_clear_message(
@@ -291,6 +631,14 @@ def test_the_quick_shapes_are_a_proper_part_of_the_full_grid(bench, name):
     suite = bench.cases.SUITES[name]
     assert set(suite.quick) < set(suite.shapes)
     assert len(set(suite.shapes)) == len(suite.shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_giants_are_missing_from_the_grid_of_a_dtype(bench, dtype):
+    suite = bench.cases.SUITES["linear-forward"]
+    missing = set(suite.shapes) - set(suite.grid(dtype, quick=False))
+    assert (not missing) == (dtype == "float32")
+    assert all(math.prod(shape.sizes) >= 1 << 30 for shape in missing)
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -1,0 +1,154 @@
+"""Ways to have a formula computed: PyTorch as it is, its compiler, ONNX Runtime.
+
+Each takes what to compute and gives a ``Build``: called with the arguments of one case, it does
+all that need not be timed (compiling, freezing, packing) and returns the call that is.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import hand_over, sample
+
+Call = Callable[[], Tensor]
+Build = Callable[..., Call]
+Bound = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # what is called, and with what
+Bind = Callable[..., Bound]
+
+
+def operator(function: Callable[..., Tensor]) -> Bind:
+    """A function of all arguments."""
+
+    def bind(*arguments: Tensor, **options: Any) -> Bound:
+        return functools.partial(function, **options) if options else function, arguments
+
+    return bind
+
+
+def module(make: Callable[..., nn.Module]) -> Bind:
+    """A module, made from all arguments but the first, that is called with the first."""
+
+    def bind(x: Tensor, *parameters: Tensor, **options: Any) -> Bound:
+        return make(*parameters, **options).eval(), (x,)
+
+    return bind
+
+
+def eager(bind: Bind) -> Build:
+    """As it is."""
+
+    def build(*arguments: Tensor, **options: Any) -> Call:
+        function, inputs = bind(*arguments, **options)
+        return functools.partial(function, *inputs)
+
+    return build
+
+
+def compiled(bind: Bind, *, freezing: bool = False, **settings: Any) -> Build:
+    """Through ``torch.compile``, for the one shape and number of threads of the case.
+
+    Args:
+        bind: what to compile.
+        freezing: whether the parameters of a module are constants, laid out as suits the kernel.
+        settings: of ``torch.compile``.
+    """
+
+    def build(*arguments: Tensor, **options: Any) -> Call:
+        function, inputs = bind(*arguments, **options)
+        with _quiet():
+            import torch._inductor.config as inductor
+
+            call = functools.partial(torch.compile(function, dynamic=False, **settings), *inputs)
+            with inductor.patch(freezing=freezing):
+                # The first call compiles; a gradient is compiled when it is first asked for.
+                output = call()
+                if output.requires_grad:
+                    wanted = [argument for argument in arguments if argument.requires_grad]
+                    torch.autograd.grad(output, wanted, torch.ones_like(output))
+        return call
+
+    return build
+
+
+def onnx_runtime(x: Tensor, weight: Tensor, bias: Tensor) -> Call:
+    """``relu(x @ weight + bias)`` in ONNX Runtime, weight and bias being constants.
+
+    Its output goes to memory of PyTorch's or of its own, whichever takes less time.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3  # errors
+    model, element_type = _onnx_model(x, weight, bias)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    array, shape = x.numpy(), (x.shape[0], weight.shape[1])
+    binding = session.io_binding()
+    binding.bind_input("x", "cpu", 0, element_type, x.shape, x.data_ptr())
+
+    def into_ours() -> Tensor:
+        output = torch.empty(shape, dtype=x.dtype)
+        binding.bind_output("y", "cpu", 0, element_type, shape, output.data_ptr())
+        session.run_with_iobinding(binding)
+        return output
+
+    def into_its_own() -> Tensor:
+        return torch.from_numpy(session.run(None, {"x": array})[0])
+
+    hand_over([into_ours, into_its_own])
+    return min(into_ours, into_its_own, key=lambda call: min(sample(call, 3) for _ in range(3)))
+
+
+def _onnx_model(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[bytes, int]:
+    """The serialised graph, and ONNX's number for the dtype of ``x``."""
+    from onnx import TensorProto, helper
+
+    element_type = {
+        torch.float32: TensorProto.FLOAT,
+        torch.float64: TensorProto.DOUBLE,
+        torch.bfloat16: TensorProto.BFLOAT16,
+        torch.float16: TensorProto.FLOAT16,
+    }[x.dtype]
+    constants = [
+        helper.make_tensor(
+            name, element_type, tensor.shape, tensor.view(torch.uint8).numpy().tobytes(), raw=True
+        )
+        for name, tensor in (("weight", weight), ("bias", bias))
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "bias"], ["sum"]),
+            helper.make_node("Relu", ["sum"], ["y"]),
+        ],
+        "linear_act",
+        [helper.make_tensor_value_info("x", element_type, x.shape)],
+        [helper.make_tensor_value_info("y", element_type, (x.shape[0], weight.shape[1]))],
+        constants,
+    )
+    # Not the newest, which an ONNX Runtime of last year would refuse.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString(), element_type
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No tables of autotuning on stderr, no warnings of the compiler's about its own code."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
