@@ -12,10 +12,15 @@ namespace mylayers {
 // empty list, as torch.mean reads it. IndexError out of range, RuntimeError for a repeat.
 c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIntArrayRef dim);
 
-// Through the dispatcher.
+// Through the dispatcher, or straight to the CPU kernel where that comes to the same.
 at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim);
 
 // The ATen formula.
 at::Tensor center_formula(const at::Tensor& input, at::OptionalIntArrayRef dim);
+
+// The compiled kernel; it checks its arguments.
+namespace cpu {
+at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim);
+}
 
 }  // namespace mylayers

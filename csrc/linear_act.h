@@ -31,7 +31,7 @@ void check_linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, Activation activation, GradientMask mask);
 
-// Through the dispatcher.
+// Through the dispatcher, or straight to the CPU kernel where that comes to the same.
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation);
@@ -49,5 +49,15 @@ at::Tensor linear_act_formula(
 Gradients linear_act_backward_formula(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, ActivationName activation, GradientMask mask);
+
+// The compiled kernels; they check their arguments.
+namespace cpu {
+at::Tensor linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation);
+Gradients linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask);
+}  // namespace cpu
 
 }  // namespace mylayers

@@ -8,6 +8,7 @@
 
 #include "center.h"
 #include "linear_act.h"
+#include "shortcut.h"
 
 TORCH_LIBRARY(mylayers, m) {
   m.set_python_module("mylayers");
@@ -152,6 +153,10 @@ c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIn
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation) {
+  const at::Tensor none;
+  if (leads_to_cpu_kernel({&input, &weight, bias.has_value() ? &*bias : &none})) {
+    return cpu::linear_act(input, weight, bias, activation);
+  }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mylayers::linear_act", "")
                              .typed<decltype(linear_act)>();
@@ -161,6 +166,11 @@ at::Tensor linear_act(
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+  const at::Tensor none;
+  const auto given = [&](const OptionalTensor& t) { return t.has_value() ? &*t : &none; };
+  if (leads_to_cpu_kernel({&grad_output, given(input), given(weight), given(output)})) {
+    return cpu::linear_act_backward(grad_output, input, weight, output, activation, mask);
+  }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mylayers::linear_act_backward", "")
                              .typed<decltype(linear_act_backward)>();
@@ -168,6 +178,9 @@ Gradients linear_act_backward(
 }
 
 at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
+  if (leads_to_cpu_kernel({&input})) {
+    return cpu::center(input, dim);
+  }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mylayers::center", "")
                              .typed<decltype(center)>();

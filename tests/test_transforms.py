@@ -25,6 +25,7 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from mylayers import CenteredLayer, MyLinear, functional, reference
@@ -456,3 +457,34 @@ def test_errors_under_a_transform_are_the_operators_own() -> None:
         vmap(functional.linear_act, in_dims=(0, None))(draw((5, 4, 7)), draw((3, 2)))
     with pytest.raises(IndexError, match="center: dim must be in"):
         vmap(lambda v: functional.center(v, 2))(draw((5, 4, 3)))
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["linear_act", "center"])
+def test_an_eager_call_shows_itself_to_modes_and_profiler(name):
+    x, weight = torch.randn(2, 3), torch.randn(3, 4)
+    arguments = {"linear_act": (x, weight), "center": (x,)}[name]
+
+    def call():
+        return getattr(functional, name)(*arguments)
+
+    call()  # with nothing watching: straight to the kernel
+    with _Seen() as seen:
+        call()
+    assert seen.names == [f"mylayers::{name}"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    assert f"mylayers::{name}" in [event.key for event in profile.key_averages()]
+    with torch.inference_mode():
+        assert call().is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call().dtype == (torch.bfloat16 if name == "linear_act" else torch.float32)

@@ -132,7 +132,9 @@ at::Tensor center_moved(const at::Tensor& input, at::IntArrayRef dims, const at:
   return output;
 }
 
-at::Tensor center_cpu(const at::Tensor& input, at::OptionalIntArrayRef dim) {
+}  // namespace
+
+at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
   const auto dims = center_dims(input, dim);
   if (!has_kernel(input)) {
     return center_formula(input, dim);
@@ -164,8 +166,7 @@ at::Tensor center_cpu(const at::Tensor& input, at::OptionalIntArrayRef dim) {
   return output;
 }
 
-TORCH_LIBRARY_IMPL(mylayers, CPU, m) { m.impl("center", center_cpu); }
+TORCH_LIBRARY_IMPL(mylayers, CPU, m) { m.impl("center", center); }
 
-}  // namespace
 }  // namespace cpu
 }  // namespace mylayers

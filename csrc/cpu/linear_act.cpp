@@ -54,7 +54,9 @@ Matrix<T> matrix(const at::Tensor& t) {
 
 at::Tensor contiguous(const at::Tensor& t) { return t.is_contiguous() ? t : t.contiguous(); }
 
-at::Tensor linear_act_cpu(
+}  // namespace
+
+at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation) {
   const auto act = parse_activation(activation);
@@ -75,6 +77,8 @@ at::Tensor linear_act_cpu(
   });
   return output;
 }
+
+namespace {
 
 // dz (rows, cols) contiguous = dy masked by y, and db = its column sums, in one pass;
 // either may be null. Row chunks are of fixed size and their sums are added in order.
@@ -106,7 +110,9 @@ void mask_and_sum(const Rows& dy, const T* y, T* dz, T* db) {
   }
 }
 
-Gradients linear_act_backward_cpu(
+}  // namespace
+
+Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, ActivationName activation, GradientMask mask) {
   const auto act = parse_activation(activation);
@@ -155,10 +161,9 @@ Gradients linear_act_backward_cpu(
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CPU, m) {
-  m.impl("linear_act", linear_act_cpu);
-  m.impl("linear_act_backward", linear_act_backward_cpu);
+  m.impl("linear_act", linear_act);
+  m.impl("linear_act_backward", linear_act_backward);
 }
 
-}  // namespace
 }  // namespace cpu
 }  // namespace mylayers

@@ -1,0 +1,31 @@
+// Whether a call may skip the dispatcher (docs/design.md, "The way of one call").
+#pragma once
+
+#include <ATen/record_function.h>
+
+#include "autograd/exits.h"
+
+namespace mylayers {
+
+// Whether the dispatcher would do nothing but hand these arguments to the CPU kernel: dense CPU
+// tensors, no gradient to record, and no mode, transform, autocast, tracer or profiler that
+// would like to see the call. Its two hops are a seventh of the time of a small eager call.
+inline bool leads_to_cpu_kernel(std::initializer_list<const at::Tensor*> args) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain(
+      {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView,
+       DispatchKey::BackendSelect});
+  const auto modes = c10::impl::tls_local_dispatch_key_set();
+  c10::DispatchKeySet keys = modes.included_;
+  for (const at::Tensor* t : args) {
+    if (t->defined()) {
+      keys = keys | t->key_set();
+    }
+  }
+  keys = keys - modes.excluded_;
+  const bool autograd = keys.has(DispatchKey::AutogradCPU);
+  return kPlain.has_all(keys) && keys.has(DispatchKey::CPU) && !takes_formula(args) &&
+         !(autograd && records_gradient(args)) && !at::hasCallbacks();
+}
+
+}  // namespace mylayers
