@@ -83,24 +83,38 @@ INLINE void store(double* p, vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
 typedef uint16_t u16 __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t u32 __attribute__((vector_size(kBytes)));
 
-INLINE vec<float> load(const bfloat16_t* p) {
-  return (vec<float>)(__builtin_convertvector(load_bits<u16>(p), u32) << 16);
-}
+// Intrinsics, as g++ 12 cuts __builtin_convertvector into halves: bfloat16 sums then ran at half
+// their speed.
+#if MYLAYERS_LEVEL == 2
+INLINE u32 widen(u16 v) { return (u32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+INLINE u16 narrow(u32 v) { return (u16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v); }
+#elif MYLAYERS_LEVEL == 1
+INLINE u32 widen(u16 v) { return (u32)_mm256_cvtepu16_epi32((__m128i)v); }
+INLINE u16 narrow(u32 v) { return __builtin_convertvector(v, u16); }
+#else
+INLINE u32 widen(u16 v) { return __builtin_convertvector(v, u32); }
+INLINE u16 narrow(u32 v) { return __builtin_convertvector(v, u16); }
+#endif
+
+INLINE vec<float> load(const bfloat16_t* p) { return (vec<float>)(widen(load_bits<u16>(p)) << 16); }
 // Round to nearest even; NaN becomes the quiet NaN that PyTorch writes.
-INLINE void store(bfloat16_t* p, vec<float> v) {
+INLINE u16 bfloat16_bits(vec<float> v) {
   const u32 bits = (u32)v;
   const u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const u32 is_nan = (u32)(v != v);
-  const u16 out = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), u16);
+  return narrow(v != v ? u32{} + 0x7fc0 : rounded);
+}
+INLINE void store(bfloat16_t* p, vec<float> v) {
+  const u16 out = bfloat16_bits(v);
   std::memcpy(p, &out, sizeof(out));
 }
 
 #if MYLAYERS_LEVEL == 2
 INLINE vec<float> load(const half_t* p) {
-  return (vec<float>)_mm512_cvtph_ps(load_bits<__m256i>(p));
+  return (vec<float>)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p));
 }
 INLINE void store(half_t* p, vec<float> v) {
-  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i out =
+      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(p, &out, sizeof(out));
 }
 #elif MYLAYERS_LEVEL == 1
@@ -115,7 +129,7 @@ INLINE void store(half_t* p, vec<float> v) {
 // Without a conversion instruction: rebuild the number from its fields. Subnormal halves
 // are integers times 2^-24; subtracting 0.5 from 0.5 + that integer's bits is exact.
 INLINE vec<float> load(const half_t* p) {
-  const u32 h = __builtin_convertvector(load_bits<u16>(p), u32);
+  const u32 h = widen(load_bits<u16>(p));
   const u32 sign = (h & 0x8000) << 16;
   const u32 body = (h & 0x7fff) << 13;
   const u32 normal = body + (112u << 23);
@@ -140,8 +154,8 @@ INLINE void store(half_t* p, vec<float> v) {
   const u32 is_subnormal = (u32)(body < (113u << 23));
   const u32 out = (0x7e00 & is_nan) | (0x7c00 & is_large) | (subnormal & is_subnormal) |
                   (normal & ~is_nan & ~is_large & ~is_subnormal);
-  const u16 narrow = __builtin_convertvector(sign | out, u16);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  const u16 lanes = narrow(sign | out);
+  std::memcpy(p, &lanes, sizeof(lanes));
 }
 #endif
 
@@ -178,12 +192,22 @@ INLINE void store_part(double* p, vec<double> v, int n) {
 }
 template <>
 INLINE vec<float> load_part(const half_t* p, int n) {
-  return (vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+  return (vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
 template <>
 INLINE vec<float> load_part(const bfloat16_t* p, int n) {
   const u16 bits = (u16)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
-  return (vec<float>)(__builtin_convertvector(bits, u32) << 16);
+  return (vec<float>)(widen(bits) << 16);
+}
+template <>
+INLINE void store_part(half_t* p, vec<float> v, int n) {
+  half_t lanes[kLanes<float>];
+  store(lanes, v);
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, load_bits<__m256i>(lanes));
+}
+template <>
+INLINE void store_part(bfloat16_t* p, vec<float> v, int n) {
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)bfloat16_bits(v));
 }
 #elif MYLAYERS_LEVEL == 1
 INLINE __m256i first_lanes(int n) {
@@ -707,13 +731,21 @@ INLINE double sum_lanes(Doubles v) {
   return s;
 }
 
+#if MYLAYERS_LEVEL == 2
+INLINE Doubles widen(half_width v) { return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
+#elif MYLAYERS_LEVEL == 1
+INLINE Doubles widen(half_width v) { return (Doubles)_mm256_cvtps_pd((__m128)v); }
+#else
+INLINE Doubles widen(half_width v) { return __builtin_convertvector(v, Doubles); }
+#endif
+
 // parts[0] (and parts[1], for float) += v, widened: half of a float vector fills a double one.
 INLINE void add_wide(Doubles* parts, vec<double> v) { parts[0] += v; }
 INLINE void add_wide(Doubles* parts, vec<float> v) {
   half_width halves[2];
   std::memcpy(halves, &v, sizeof(v));
-  parts[0] += __builtin_convertvector(halves[0], Doubles);
-  parts[1] += __builtin_convertvector(halves[1], Doubles);
+  parts[0] += widen(halves[0]);
+  parts[1] += widen(halves[1]);
 }
 
 // Eight vectors are added in their own type, as a tree, then widened: three roundings that no
