@@ -9,6 +9,7 @@
 
 #include "center.h"
 #include "cpu/gemm.h"
+#include "cpu/huge_pages.h"
 #include "linear_act.h"
 
 namespace py = pybind11;
@@ -152,6 +153,7 @@ py::dict build_info() {
   info["cuda"] = py::none();
   info["kernels"] = mylayers::cpu::kernels().name;
   info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
+  info["huge_pages"] = mylayers::cpu::wants_huge_pages();
   return info;
 }
 

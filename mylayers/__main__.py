@@ -68,6 +68,7 @@ def main() -> int:
     print(f"  CPU kernels  {sets}; this machine runs {info['kernels']}")
     units = "the 16-bit matrix units" if info["bfloat16_units"] else "float32 arithmetic"
     print(f"  bfloat16     on {units}")
+    print(f"  huge pages   {'asked for' if info['huge_pages'] else 'not asked for'}")
     shared = "PyTorch's own" if info["openmp"] else "but kernels use one: built without OpenMP"
     print(f"  threads      {torch.get_num_threads()}, {shared}")
     print("  CUDA kernels none in this version; CUDA tensors take PyTorch's own operators")

@@ -35,6 +35,8 @@ def build_info() -> dict[str, Any]:
           (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels are).
         - ``bfloat16_units``: whether bfloat16 products run on the processor's 16-bit matrix
           units, which take subnormal values for zero.
+        - ``huge_pages``: whether results of 4 MiB and more ask Linux for huge pages (not with
+          ``MYLAYERS_HUGE_PAGES=0``, read once at the first of them).
         - ``openmp``: whether kernels share PyTorch's threads.
         - ``cuda``: the version compiled for, or None.
         - ``file``: the extension's path.

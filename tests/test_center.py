@@ -1,7 +1,11 @@
 """center: values and gradients against float64, accuracy of long sums, identical bits."""
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -192,6 +196,43 @@ def test_deterministic_mode_changes_no_bit_and_finds_no_unwritten_memory(dtype, 
     assert torch.empty(8).isnan().all(), "fresh memory is not filled with NaN"
     for name, actual in all_results().items():
         assert same_bits(actual, expected[name]), name
+
+
+# ---- huge pages ------------------------------------------------------------------------
+
+# Prints which huge pages were asked for: in the flags of the memory of a result, and its bits.
+LARGE_RESULT = """
+import hashlib, torch
+from mylayers import build_info, functional
+x = torch.randn(3, 2**20, generator=torch.Generator().manual_seed(0))
+y = functional.center(x)
+middle, inside = y.data_ptr() + y.nbytes // 2, False
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        inside = begin <= middle < end
+    elif inside and line.startswith("VmFlags:"):
+        print(build_info()["huge_pages"], "hg" in line.split())
+print(hashlib.sha256(y.numpy()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux's huge pages"
+)
+def test_huge_pages_are_asked_for_unless_switched_off_and_change_no_bit():
+    def run(setting: str) -> list[str]:
+        return subprocess.run(
+            [sys.executable, "-c", LARGE_RESULT],
+            env={**os.environ, "MYLAYERS_HUGE_PAGES": setting},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+
+    on, off = run("1"), run("0")
+    assert (on[0], off[0]) == ("True True", "False False")
+    assert on[1] == off[1]
 
 
 # ---- what the formula decides ----------------------------------------------------------

@@ -139,7 +139,8 @@ at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
   if (!has_kernel(input)) {
     return center_formula(input, dim);
   }
-  const at::Tensor output = at::empty_like(input);
+  const at::Tensor output =
+      input.is_non_overlapping_and_dense() ? empty_like_of(input) : at::empty_like(input);
   if (input.numel() == 0) {
     return output;
   }

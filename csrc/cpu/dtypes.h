@@ -3,8 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_native.h>
+#include <ATen/ops/empty_strided_native.h>
 
 #include "../has_kernel.h"
+#include "huge_pages.h"
 #include "kernels.h"
 
 namespace mylayers::cpu {
@@ -35,10 +37,18 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Not at::empty, which would go through the dispatcher again; like it, fills the memory
-// with NaN under torch.use_deterministic_algorithms(True).
+// Not at::empty and at::empty_strided, which would go through the dispatcher again; like them,
+// fill the memory with NaN under torch.use_deterministic_algorithms(True).
 inline at::Tensor empty_like_of(const at::Tensor& t, at::IntArrayRef sizes) {
-  return at::native::empty_cpu(sizes, t.scalar_type());
+  at::Tensor fresh = at::native::empty_cpu(sizes, t.scalar_type());
+  prefer_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes());
+  return fresh;
+}
+// Of t's own sizes and strides, for a t without overlap and gaps.
+inline at::Tensor empty_like_of(const at::Tensor& t) {
+  at::Tensor fresh = at::native::empty_strided_cpu(t.sizes(), t.strides(), t.scalar_type());
+  prefer_huge_pages(fresh.mutable_data_ptr(), fresh.nbytes());
+  return fresh;
 }
 
 }  // namespace mylayers::cpu

@@ -6,16 +6,21 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "huge_pages.h"
+
 namespace mylayers::cpu {
 
 template <class C>
 class Scratch {
  public:
   // Uninitialised.
-  explicit Scratch(int64_t count)
-      : memory_(
-            count > 0 ? c10::GetCPUAllocator()->allocate(count * static_cast<int64_t>(sizeof(C)))
-                      : c10::DataPtr()) {}
+  explicit Scratch(int64_t count) {
+    if (count > 0) {
+      const size_t bytes = count * sizeof(C);
+      memory_ = c10::GetCPUAllocator()->allocate(bytes);
+      prefer_huge_pages(memory_.get(), bytes);
+    }
+  }
   Scratch(int64_t count, C value) : Scratch(count) { std::fill_n(get(), count, value); }
 
   C* get() const { return static_cast<C*>(memory_.get()); }
