@@ -4,7 +4,8 @@ Forward, gradcheck and opcheck tests all draw from here.
 
 Sizes sit around zero, one and the kernels' block edges: register tiles of 6 rows, vectors of
 4, 8 and 16 values, panels of 64 columns, blocks of 256 in depth and 240 in rows for products;
-chunks of 256 rows and 4096 values and 32768 values per thread for means.
+chunks of 256 rows and 8192 values, 64 narrow columns, strips of 1024 columns, groups of 8 rows and
+32768 values per thread for means.
 
 A sample's values depend on its name and dtype alone. With ``large=False`` there are only
 small samples whose memory does not overlap, and no pre-activation lies near relu's kink: what
@@ -249,18 +250,34 @@ _SMALL_MEANS: list[tuple[tuple[int, ...], Any]] = [
 ]
 _LARGE_MEANS: list[tuple[tuple[int, ...], Any]] = [
     *(((n,), None) for n in (7, 8, 63, 64, 65, 255, 257)),
-    *(((n,), None) for n in (4095, 4096, 4097, 8192, 32767, 32768, 32769, 65537)),
-    ((3, 4096), 1),
-    ((3, 4097), 1),
+    *(((n,), None) for n in (4097, 8191, 8192, 8193, 32768, 32769, 65537)),
+    ((3, 8192), 1),
+    ((3, 8193), 1),
+    ((9, 8193), 1),
+    ((130, 3), 1),
+    ((65, 15), 1),
+    ((65, 16), 1),
     ((70, 1000), 1),
     ((4097, 3), 0),
     ((255, 17), 0),
     ((256, 16), 0),
     ((257, 15), 0),
     ((513, 129), 0),
+    ((1030, 64), 0),
+    ((1030, 65), 0),
+    *(((rows, 33), 0) for rows in (7, 8, 9, 15)),
+    ((17, 1024), 0),
+    ((17, 1025), 0),
+    ((3, 40000), 0),
+    ((40, 9, 17), 1),
+    ((1, 100), 0),
     ((2, 257, 3), 1),
     ((5, 300, 64), (0, 1)),
     ((30, 4, 300), (0, 2)),
+    ((30, 4, 31), (0, 2)),
+    ((300, 8, 32), (0, 2)),
+    ((3, 2, 8193), (0, 2)),
+    ((2, 4, 3, 40), (0, 2)),
     ((3, 20, 21, 22), (2, 3)),
 ]
 

@@ -179,6 +179,23 @@ def test_a_row_has_the_same_bits_in_every_batch(length, dtype):
         assert same_bits(functional.center(x[:rows], -1), alone[:rows]), f"{rows} rows"
 
 
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 7, 8, 300])
+def test_a_column_has_the_same_bits_beside_any_others(rows, dtype):
+    x = samples.drawer("columns", dtype)(rows, 1100)
+    expected = functional.center(x, 0)
+    for columns in (2, 3, 15, 16, 17, 64, 65, 1023, 1024, 1025):
+        some = x[:, :columns].contiguous()
+        assert same_bits(functional.center(some, 0), expected[:, :columns]), f"{columns} columns"
+        slices = functional.center(torch.stack([some + 1, some, some]), 1)
+        assert same_bits(slices[1], expected[:, :columns]), f"{columns} columns, three slices"
+
+
+def test_few_long_rows_are_centered_along_their_columns():
+    x = samples.drawer("three rows", torch.float32)(3, 1_000_000)
+    check_values(functional.center(x, 0), x, 0)
+
+
 @pytest.fixture
 def deterministic():
     torch.use_deterministic_algorithms(True)

@@ -1,9 +1,9 @@
 // center on the CPU: x - mean(x) over all of x or over some dimensions.
 //
-// x is seen as (outer, count, inner), contiguous, the mean over `count`. Chunks of fixed size
-// are summed (kernels.inl), their sums added in order in float64, so the threads change no bit
-// of the result, nor do the other slices of x. The mean is rounded to the dtype of x before it
-// is subtracted: that is what x - x.mean() says.
+// Memory is seen as (lead, outer, count, inner), the mean over `lead` and `count`. Sums are cut
+// into chunks of fixed size (kernels.inl) and these added in order in float64, so the threads
+// change no bit of the result, nor do the other slices of x. The mean is rounded to the dtype
+// of x before it is subtracted: that is what x - x.mean() says.
 #include "../center.h"
 
 #include <ATen/ops/empty_like.h>
@@ -12,106 +12,140 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "dtypes.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace mylayers {
 namespace cpu {
 namespace {
 
-// Values of a run, and rows of a slice of columns, that make one chunk.
-constexpr int64_t kRunChunk = 1 << 15;
-constexpr int64_t kRowChunk = 256;
 // Elements per thread below which a second thread does not pay.
 constexpr int64_t kGrain = 1 << 15;
+// Slices per thread from which each is left to one thread, which may be late by one slice.
+constexpr int64_t kSlicesPerThread = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / elements); }
 
-// To T and back to the type that T computes in.
-template <class T>
-acc_t<T> rounded(double mean) {
-  using C = acc_t<T>;
-  const C in = static_cast<C>(mean);
-  T narrow;
-  kernels().storage<T>().finish(1, 1, &in, 1, nullptr, Activation::kNone, &narrow, 1);
-  C out;
-  kernels().storage<T>().pack(1, 1, &narrow, 1, 1, &out, 1);
-  return out;
-}
+struct Sizes {
+  int64_t lead = 1, outer = 1, count = 1, inner = 1;
 
-// How (outer, count, inner) is cut: into chunks of `size` along count.
-struct Chunks {
-  int64_t outer, count, inner, size;
-  int64_t per_slice = ceil_div(count, size);
-
-  // body(chunk, slice, offset of its first element, its length along count). A second pass
-  // backwards, over what the first left in the cache, lost on the development machine: 0.94
-  // of the forward one's speed at 2^18 values, 0.8 at 2^22; the prefetcher starts anew at
-  // every chunk.
-  template <class Body>
-  void each(Body body) const {
-    at::parallel_for(0, outer * per_slice, grain(size * inner), [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t slice = chunk / per_slice, start = chunk % per_slice * size;
-        body(chunk, slice, (slice * count + start) * inner, std::min(size, count - start));
-      }
-    });
-  }
+  int64_t elements() const { return lead * outer * count * inner; }
 };
 
-// inner = 1: every slice is a contiguous run.
+// body(begin, end) for slices of one thread, whose second pass finds in its cache what the first
+// has read, if the slice is not too long.
+template <class Body>
+void each_on_one_thread(int64_t slices, int64_t elements, const Body& body) {
+  at::parallel_for(0, slices, std::max<int64_t>(1, kGrain / elements), body);
+}
+
+// inner = 1: every slice is a contiguous run, or `lead` of them.
 template <class T>
-void center_runs(int64_t outer, int64_t count, const T* x, T* out) {
+void center_runs(const Sizes& s, const T* x, T* out) {
   const auto& storage = kernels().storage<T>();
-  const auto mean = [&](double sum) { return rounded<T>(sum / static_cast<double>(count)); };
-  if (count <= kRunChunk) {
-    at::parallel_for(0, outer, grain(count), [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin * count; at < end * count; at += count) {
-        storage.subtract(count, x + at, mean(storage.sum(count, x + at)), out + at);
-      }
+  const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
+  if (s.lead == 1 && (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
+    each_on_one_thread(s.outer, s.count, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * s.count;
+      storage.center_runs(end - begin, s.count, x + at, out + at);
     });
     return;
   }
-  const Chunks chunks{outer, count, 1, kRunChunk};
-  const Scratch<double> sums(outer * chunks.per_slice);
-  chunks.each(
-      [&](int64_t chunk, int64_t, int64_t at, int64_t n) { sums[chunk] = storage.sum(n, x + at); });
-  const Scratch<acc_t<T>> means(outer);
-  for (int64_t o = 0; o < outer; ++o) {
-    const double* own = sums.get() + o * chunks.per_slice;
-    means[o] = mean(std::accumulate(own, own + chunks.per_slice, 0.0));
-  }
-  chunks.each([&](int64_t, int64_t o, int64_t at, int64_t n) {
-    storage.subtract(n, x + at, means[o], out + at);
+  const int64_t per_run = ceil_div(s.count, kRunChunk), chunks = s.lead * s.outer * per_run;
+  c10::SmallVector<double, 64> sums, means;  // on the stack for up to 2^19 values
+  sums.resize_for_overwrite(chunks);
+  means.resize_for_overwrite(s.lead > 1 ? s.outer : 0);
+  const auto mean = [&](int64_t o) {
+    double total = 0;
+    for (int64_t l = 0; l < s.lead; ++l) {
+      const double* own = sums.data() + (l * s.outer + o) * per_run;
+      total += std::accumulate(own, own + per_run, 0.0);
+    }
+    return total / static_cast<double>(s.lead * s.count);
+  };
+  Team::run(shares, [&](const Team& team) {
+    const auto [first, last] = team.share(chunks);
+    int64_t run = first / per_run, start = first % per_run * kRunChunk;
+    for (int64_t chunk = first; chunk < last; ++chunk, start += kRunChunk) {
+      if (start >= s.count) {
+        start = 0;
+        ++run;
+      }
+      sums[chunk] = storage.sum(std::min(kRunChunk, s.count - start), x + run * s.count + start);
+    }
+    team.barrier();
+    if (s.lead > 1) {
+      for (auto [o, end] = team.share(s.outer); o < end; ++o) {
+        means[o] = mean(o);
+      }
+      team.barrier();
+    }
+    int64_t o = run % s.outer;
+    for (int64_t end = last, begin; end > first; end = begin) {  // kernels.inl: why downwards
+      begin = std::max(first, run * per_run);
+      const int64_t skipped = (begin - run * per_run) * kRunChunk, at = run * s.count + skipped;
+      const int64_t n = std::min(s.count - skipped, (end - begin) * kRunChunk);
+      storage.subtract(n, x + at, s.lead > 1 ? means[o] : mean(o), out + at);
+      --run;
+      o = (o == 0 ? s.outer : o) - 1;
+    }
   });
 }
 
 // inner > 1: a mean per column of each (count, inner) slice.
 template <class T>
-void center_columns(int64_t outer, int64_t count, int64_t inner, const T* x, T* out) {
+void center_columns(const Sizes& s, const T* x, T* out) {
   const auto& storage = kernels().storage<T>();
-  const Chunks chunks{outer, count, inner, kRowChunk};
-  const Scratch<double> sums(outer * chunks.per_slice * inner, 0.0);
-  chunks.each([&](int64_t chunk, int64_t, int64_t at, int64_t rows) {
-    storage.column_sums(rows, inner, x + at, inner, sums.get() + chunk * inner);
-  });
-  const Scratch<acc_t<T>> means(outer * inner);
-  for (int64_t o = 0; o < outer; ++o) {
-    double* total = sums.get() + o * chunks.per_slice * inner;
-    for (int64_t s = 1; s < chunks.per_slice; ++s) {
-      for (int64_t j = 0; j < inner; ++j) {
-        total[j] += total[s * inner + j];
+  const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
+  // Strips of equal width, in whole cache lines.
+  const int64_t strips = ceil_div(s.inner, kStrip);
+  const int64_t width = std::min(s.inner, ceil_div(ceil_div(s.inner, strips), 64) * 64);
+  if (shares == 1 || s.outer * strips >= kSlicesPerThread * shares) {
+    each_on_one_thread(s.outer * strips, s.count * width, [&](int64_t begin, int64_t end) {
+      if (strips == 1) {
+        const int64_t at = begin * s.count * s.inner;
+        storage.center_columns(end - begin, s.count, s.inner, x + at, s.inner, out + at);
+        return;
+      }
+      for (; begin < end; ++begin) {
+        const int64_t j = begin % strips * width, cols = std::min(width, s.inner - j);
+        const int64_t at = begin / strips * s.count * s.inner + j;
+        storage.center_columns(1, s.count, cols, x + at, s.inner, out + at);
+      }
+    });
+    return;
+  }
+  const int64_t per_slice = ceil_div(s.count, kColumnChunk), chunks = s.outer * per_slice;
+  const Scratch<double> sums(chunks * s.inner);
+  Team::run(shares, [&](const Team& team) {
+    const auto [first, last] = team.share(chunks);
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t i = chunk % per_slice * kColumnChunk;
+      storage.column_sums(
+          std::min(kColumnChunk, s.count - i), s.inner,
+          x + (chunk / per_slice * s.count + i) * s.inner, s.inner, sums.get() + chunk * s.inner);
+    }
+    team.barrier();
+    for (int64_t end = last, begin; end > first; end = begin) {  // slices, downwards too
+      const int64_t o = (end - 1) / per_slice;
+      begin = std::max(first, o * per_slice);
+      const int64_t i = begin % per_slice * kColumnChunk;
+      const int64_t rows = std::min(s.count - i, (end - begin) * kColumnChunk);
+      for (int64_t j = 0; j < s.inner; j += width) {
+        const int64_t cols = std::min(width, s.inner - j), at = (o * s.count + i) * s.inner + j;
+        double total[kStrip] = {};
+        for (int64_t c = o * per_slice; c < (o + 1) * per_slice; ++c) {
+          for (int64_t column = 0; column < cols; ++column) {
+            total[column] += sums[c * s.inner + j + column];
+          }
+        }
+        storage.subtract_columns(rows, cols, x + at, s.inner, total, s.count, out + at);
       }
     }
-    for (int64_t j = 0; j < inner; ++j) {
-      means[o * inner + j] = rounded<T>(total[j] / static_cast<double>(count));
-    }
-  }
-  chunks.each([&](int64_t, int64_t o, int64_t at, int64_t rows) {
-    storage.subtract_columns(rows, inner, x + at, inner, means.get() + o * inner, out + at);
   });
 }
 
@@ -132,6 +166,46 @@ at::Tensor center_moved(const at::Tensor& input, at::IntArrayRef dims, const at:
   return output;
 }
 
+// Runs this long are worth a sum each, where means run over dimensions on both sides of one that
+// they leave.
+constexpr int64_t kShortestRun = 32;
+
+// How memory, passed through in its own order, is seen; nothing for a pattern of dimensions with
+// more turns, such as a mean over the first and third of four.
+std::optional<Sizes> sizes_in_memory(const at::Tensor& input, at::IntArrayRef dims) {
+  c10::SmallVector<int64_t, 6> order(input.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (!input.is_contiguous()) {
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return input.stride(a) > input.stride(b);
+    });
+  }
+  // Neighbours that are averaged alike are one: kept and averaged by turns.
+  c10::SmallVector<int64_t, 6> parts = {1};
+  bool averaged = false;
+  for (const int64_t d : order) {
+    if (input.size(d) == 1) {
+      continue;
+    }
+    if (averaged != std::binary_search(dims.begin(), dims.end(), d)) {
+      averaged = !averaged;
+      parts.push_back(1);
+    }
+    parts.back() *= input.size(d);
+  }
+  if (parts.size() == 1) {  // means of one value each
+    return Sizes{1, 1, 1, parts[0]};
+  }
+  parts.resize(std::max<size_t>(parts.size(), 3), 1);
+  if (parts.size() == 3) {
+    return Sizes{1, parts[0], parts[1], parts[2]};
+  }
+  if (parts.size() == 4 && parts[0] == 1 && parts[3] >= kShortestRun) {
+    return Sizes{parts[1], parts[2], parts[3], 1};
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
@@ -139,30 +213,20 @@ at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
   if (!has_kernel(input)) {
     return center_formula(input, dim);
   }
-  const at::Tensor output =
-      input.is_non_overlapping_and_dense() ? empty_like_of(input) : at::empty_like(input);
+  if (!input.is_non_overlapping_and_dense()) {
+    return center_moved(input, dims, at::empty_like(input));
+  }
+  const at::Tensor output = empty_like_of(input);
   if (input.numel() == 0) {
     return output;
   }
-  const auto averaged = static_cast<int64_t>(dims.size());
-  const bool whole = averaged == input.dim();
-  const bool adjacent = whole || dims.back() - dims.front() + 1 == averaged;
-  // The mean over everything does not ask in which order memory holds the elements.
-  const bool dense = input.is_contiguous() || (whole && input.is_non_overlapping_and_dense());
-  if (!adjacent || !dense) {
+  const auto sizes = sizes_in_memory(input, dims);
+  if (!sizes.has_value()) {
     return center_moved(input, dims, output);
   }
-  int64_t outer = 1, count = 1, inner = 1;
-  for (int64_t d = 0; d < input.dim(); ++d) {
-    int64_t& part = d < dims.front() ? outer : d > dims.back() ? inner : count;
-    part *= input.size(d);
-  }
   with_storage_type(input.scalar_type(), [&]<class T>(T) {
-    if (inner == 1) {
-      center_runs<T>(outer, count, data<T>(input), mutable_data<T>(output));
-    } else {
-      center_columns<T>(outer, count, inner, data<T>(input), mutable_data<T>(output));
-    }
+    const auto kernel = sizes->inner == 1 ? center_runs<T> : center_columns<T>;
+    kernel(*sizes, data<T>(input), mutable_data<T>(output));
   });
   return output;
 }

@@ -42,6 +42,13 @@ constexpr int64_t kStreamRows = 4;
 constexpr int64_t kStreamDepth = 8;
 constexpr bool streams(int64_t m, int64_t k) { return m <= kStreamRows || k <= kStreamDepth; }
 
+// Where sums for a mean are cut, whatever the number of threads: values of a run, rows of
+// columns.
+constexpr int64_t kRunChunk = 1 << 13;
+constexpr int64_t kColumnChunk = 256;
+// Columns whose sums and means are kept in level-1 cache.
+constexpr int64_t kStrip = 1024;
+
 // Inner loops over the element type C in which products are formed (float, double).
 template <class C>
 struct ProductKernels {
@@ -76,15 +83,23 @@ struct StorageKernels {
   // dz = dy where y > 0 or y is NaN, else 0 (all of dy if y is null); db += column sums of
   // dz, rows in rising order. Either of dz, db may be null. dz may be dy.
   void (*mask)(int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, C* db);
-  // Sum of n contiguous values.
+  // Sum of n contiguous values, n <= kRunChunk; longer runs are summed in chunks of that size,
+  // whose sums are added in order.
   double (*sum)(int64_t n, const T* x);
-  // out = x - mean.
-  void (*subtract)(int64_t n, const T* x, C mean, T* out);
-  // sums (cols) += column sums of x (rows, cols), rows in rising order.
+  // out = x - mean, the mean rounded to T.
+  void (*subtract)(int64_t n, const T* x, double mean, T* out);
+  // Both, for `runs` runs of n values, one after another.
+  void (*center_runs)(int64_t runs, int64_t n, const T* x, T* out);
+  // sums (cols) = column sums of x (rows, cols), rows <= kColumnChunk; more rows are summed in
+  // chunks of so many, whose sums are added in order.
   void (*column_sums)(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* sums);
-  // out (rows, cols) = x - mean (cols).
+  // out (rows, cols), rows x_row apart too, = x - sums / count, rounded to T; cols <= kStrip.
   void (*subtract_columns)(
-      int64_t rows, int64_t cols, const T* x, int64_t x_row, const C* mean, T* out);
+      int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
+      T* out);
+  // Both, for `slices` slices of (rows, cols), one after another; cols <= kStrip.
+  void (*center_columns)(
+      int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out);
 };
 
 // What the processor's 16-bit matrix units need beside it.
