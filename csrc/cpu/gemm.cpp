@@ -51,7 +51,7 @@ namespace {
 constexpr int64_t kRowBlock = 256;
 template <class T>
 constexpr int64_t kColumnBlock = std::is_same_v<T, bfloat16_t> ? 256 : 512;
-// Rows of b per pass over the task: 256 x 64 float32, a panel, are 64 KiB.
+// Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB.
 constexpr int64_t kDepthBlock = 256;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
 // so the rest is cut into powers of two.
@@ -146,8 +146,12 @@ void gemm_serial(
   const bool pack_b = kWiden || b.col != 1;
   const int64_t panel = streams(m, k) && !pack_b ? n : kPanel;
 
-  const Scratch<C> b_panel(pack_b ? std::min(k, kDepthBlock) * kPanel : 0);
-  const Scratch<C> a_wide(kWiden ? m * std::min(k, kDepthBlock) : 0);
+  // Passes of equal depth: a short last one would load and store every sum for little.
+  const int64_t passes = std::max<int64_t>(1, (k + kDepthBlock / 2) / kDepthBlock);
+  const int64_t widest = ceil_div(k, passes);
+
+  const Scratch<C> b_panel(pack_b ? widest * kPanel : 0);
+  const Scratch<C> a_wide(kWiden ? m * widest : 0);
   const Scratch<C> c_wide(kNarrow ? m * n : 0);
   C* sums;
   int64_t sums_row;
@@ -164,7 +168,7 @@ void gemm_serial(
   }
   int64_t p = 0;
   do {  // once even for k = 0: the result is then act(bias)
-    const int64_t depth = std::min(kDepthBlock, k - p);
+    const int64_t depth = std::min(widest, k - p);
     const bool finish = !kNarrow && p + depth == k;
     Matrix<C> a_in;
     if constexpr (kWiden) {
@@ -216,7 +220,9 @@ void gemm(
       row_blocks = round_up(row_blocks, threads);
     }
   }
-  const int64_t multiple = m / row_blocks >= kUnitRows ? kUnitRows : m > kTileRows ? kTileRows : 1;
+  // Whole tiles of 6 rows, or calls of the matrix units for 16 and more; equal tasks come first.
+  const int64_t whole = std::is_same_v<T, bfloat16_t> ? 16 : kTileRows;
+  const int64_t multiple = m / row_blocks >= whole ? whole : 1;
   const int64_t rows = round_up(ceil_div(m, row_blocks), multiple);
   const int64_t cols = round_up(ceil_div(n, col_blocks), kPanel);
   row_blocks = ceil_div(m, rows);

@@ -423,16 +423,18 @@ auto stream_pass_of(int64_t steps) {
   return stream_pass<C, kSteps>;
 }
 
-// As block, for up to kStreamRows rows of a: their products with kStreamDepth rows of b at a
-// time, along all of n. Memory is read and written in long runs, where tiles would touch short
-// pieces of many rows. The sums are kept in c meanwhile.
+// As block, for up to kStreamRows rows of a: their products with a few rows of b at a time, along
+// all of n. Memory is read and written in long runs, where tiles would touch short pieces of many
+// rows. The sums are kept in c meanwhile. The prefetcher follows four rows of b best; more sums, or
+// a product that is over after kStreamDepth rows, rather touch c less often.
 template <class C>
 void stream(
     int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
     int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
     Activation act) {
-  for (int64_t p = 0; p < k; p += kStreamDepth) {
-    const int64_t steps = k - p < kStreamDepth ? k - p : kStreamDepth;
+  const int64_t most = m > 2 || k <= kStreamDepth ? kStreamDepth : 4;
+  for (int64_t p = 0; p < k; p += most) {
+    const int64_t steps = k - p < most ? k - p : most;
     stream_pass_of<C>(steps)(
         m, n, a + p * a_col, a_row, a_col, b + p * b_row, b_row, c, c_row, accumulate || p > 0,
         finish && p + steps == k, bias, act);
