@@ -125,7 +125,8 @@ class MyLinear(nn.Module):
         """``act(input @ weight + bias)``; see :func:`mylayers.functional.linear_act`."""
         # nn.Module finds a parameter only after every other place has failed: half a microsecond
         # each, a third of a small call. A parametrised weight is found there, as an attribute.
-        own = self._parameters  # .get(name, self.name) would look the name up all the same
+        # (own.get("weight", self.weight) would look it up there all the same.)
+        own: dict[str, Tensor] = self._parameters  # type: ignore[assignment]  # bias may be None
         weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         return functional.linear_act(input, weight, bias, self.activation)
