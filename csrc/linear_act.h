@@ -20,8 +20,9 @@ using ActivationName = std::optional<std::string_view>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // input, weight, bias
 using GradientMask = std::array<bool, 3>;
 
-// "relu" or none; ValueError for any other name.
+// The activations' names; ValueError for any other.
 Activation parse_activation(ActivationName name);
+ActivationName activation_name(Activation activation);
 
 // Shapes, dtypes and devices of one call; RuntimeError (as torch.nn.functional.linear
 // gives) naming operator, argument, expected and got.
@@ -49,6 +50,11 @@ at::Tensor linear_act_formula(
 Gradients linear_act_backward_formula(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, ActivationName activation, GradientMask mask);
+
+// act(z), and dY * act'(Y) as a function of the output Y.
+at::Tensor activation_formula(const at::Tensor& z, Activation activation);
+at::Tensor activation_backward_formula(
+    const at::Tensor& grad_output, const at::Tensor& output, Activation activation);
 
 // The compiled kernels; they check their arguments.
 namespace cpu {

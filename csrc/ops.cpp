@@ -26,6 +26,9 @@ TORCH_LIBRARY(mylayers, m) {
 namespace mylayers {
 namespace {
 
+// In the order of Activation.
+constexpr std::array<std::string_view, 5> kActivationNames = {"", "relu", "tanh", "sigmoid", "elu"};
+
 // "linear_act: weight must be on cpu like input; got meta", and the same for dtypes.
 void check_like(
     const char* op, const char* name, const at::Tensor& t, const char* first_name,
@@ -63,9 +66,20 @@ Activation parse_activation(ActivationName name) {
   if (!name.has_value()) {
     return Activation::kNone;
   }
+  for (size_t i = 1; i < kActivationNames.size(); ++i) {
+    if (*name == kActivationNames[i]) {
+      return static_cast<Activation>(i);
+    }
+  }
   TORCH_CHECK_VALUE(
-      *name == "relu", "linear_act: activation must be \"relu\" or None; got \"", *name, "\"");
-  return Activation::kRelu;
+      false, "linear_act: activation must be one of relu, tanh, sigmoid, elu or None; got \"",
+      *name, "\"");
+}
+
+ActivationName activation_name(Activation activation) {
+  return activation == Activation::kNone
+             ? std::nullopt
+             : ActivationName(kActivationNames[static_cast<size_t>(activation)]);
 }
 
 void check_linear_act(

@@ -10,6 +10,7 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 
 from mylayers import functional
 from mylayers.convert import linear_from, linear_to
+from mylayers.reference import ACTIVATIONS
 
 __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
@@ -41,7 +42,7 @@ class MyLinear(nn.Module):
         in_units: size of each input row.
         units: size of each output row.
         bias: whether to add a learnt bias.
-        activation: ``"relu"`` or None.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
         device: where the parameters are made.
         dtype: floating dtype of the parameters.
 
@@ -96,8 +97,11 @@ class MyLinear(nn.Module):
             raise TypeError(
                 f"MyLinear: activation must be a str or None; got {type(activation).__name__}"
             )
-        if activation not in ("relu", None):
-            raise ValueError(f'MyLinear: activation must be "relu" or None; got {activation!r}')
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"MyLinear: activation must be one of {', '.join(ACTIVATIONS)} or None; "
+                f"got {activation!r}"
+            )
         self.activation = activation
         self._make_parameters(bias, device, dtype)
         self.reset_parameters()
@@ -145,7 +149,7 @@ class MyLinear(nn.Module):
         Args:
             linear: its parameters are copied, the weight transposed; dtype, device,
                 ``requires_grad`` and training mode are kept.
-            activation: ``"relu"`` or None.
+            activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
 
         Returns:
             A new layer that shares nothing with ``linear``.
@@ -186,7 +190,7 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):
     Args:
         units: size of each output row.
         bias: whether to add a learnt bias.
-        activation: ``"relu"`` or None.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
         device: where the parameters are made.
         dtype: floating dtype of the parameters.
 

@@ -4,12 +4,20 @@ Imports nothing compiled, so that the tests and benchmarks have an independent o
 reads as the definition of the layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["center", "linear_act"]
+__all__ = ["ACTIVATIONS", "center", "linear_act"]
+
+# Those whose derivative is a function of their output.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "elu": torch.nn.functional.elu,
+}
 
 
 def linear_act(
@@ -22,11 +30,14 @@ def linear_act(
     output = torch.matmul(input, weight)
     if bias is not None:
         output = output + bias
-    if activation == "relu":
-        return torch.relu(output)
     if activation is None:
         return output
-    raise ValueError(f'linear_act: activation must be "relu" or None; got {activation!r}')
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"linear_act: activation must be one of {', '.join(ACTIVATIONS)} or None; "
+            f"got {activation!r}"
+        )
+    return ACTIVATIONS[activation](output)
 
 
 def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:

@@ -17,10 +17,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-ActivationName activation_name(Activation activation) {
-  return activation == Activation::kRelu ? ActivationName("relu") : std::nullopt;
-}
-
 struct LinearAct : torch::autograd::Function<LinearAct> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward
 

@@ -1,8 +1,14 @@
 // linear_act in ATen's own operators: every device, dtype, layout and transform that has
 // no compiled kernel; and the shapes of its results, for the Meta device.
+#include <ATen/ops/elu.h>
+#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
@@ -61,6 +67,40 @@ Gradients linear_act_backward_meta(
 
 }  // namespace
 
+at::Tensor activation_formula(const at::Tensor& z, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return z;
+    case Activation::kRelu:
+      return at::relu(z);
+    case Activation::kTanh:
+      return at::tanh(z);
+    case Activation::kSigmoid:
+      return at::sigmoid(z);
+    case Activation::kElu:
+      return at::elu(z);
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor activation_backward_formula(
+    const at::Tensor& grad_output, const at::Tensor& output, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return grad_output;
+    case Activation::kRelu:
+      return at::threshold_backward(grad_output, output, 0);
+    case Activation::kTanh:
+      return at::tanh_backward(grad_output, output);
+    case Activation::kSigmoid:
+      return at::sigmoid_backward(grad_output, output);
+    case Activation::kElu:
+      return at::elu_backward(
+          grad_output, /*alpha=*/1, /*scale=*/1, /*input_scale=*/1, /*is_result=*/true, output);
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
 at::Tensor linear_act_formula(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation) {
@@ -73,7 +113,7 @@ at::Tensor linear_act_formula(
   if (bias.has_value() && bias->defined()) {
     y = y + *bias;
   }
-  return act == Activation::kRelu ? at::relu(y) : y;
+  return activation_formula(y, act);
 }
 
 Gradients linear_act_backward_formula(
@@ -81,8 +121,8 @@ Gradients linear_act_backward_formula(
     const OptionalTensor& output, ActivationName activation, GradientMask mask) {
   const auto act = parse_activation(activation);
   check_linear_act_backward(grad_output, input, weight, output, act, mask);
-  const auto dz =
-      act == Activation::kRelu ? at::threshold_backward(grad_output, *output, 0) : grad_output;
+  const auto dz = act == Activation::kNone ? grad_output
+                                           : activation_backward_formula(grad_output, *output, act);
   Gradients gradients;
   if (mask[0]) {
     std::get<0>(gradients) = at::matmul(dz, weight->t().conj());

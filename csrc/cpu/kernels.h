@@ -80,9 +80,12 @@ struct StorageKernels {
   void (*finish)(
       int64_t rows, int64_t cols, const C* in, int64_t in_row, const T* bias, Activation act,
       T* out, int64_t out_row);
-  // dz = dy where y > 0 or y is NaN, else 0 (all of dy if y is null); db += column sums of
-  // dz, rows in rising order. Either of dz, db may be null. dz may be dy.
-  void (*mask)(int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, C* db);
+  // dz = dy * act'(y), rounded to T, as a function of the output y (dy itself for no
+  // activation, y then null); db += column sums of dz, rows in rising order. Either of dz, db may
+  // be null. dz may be dy.
+  void (*mask)(
+      int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, Activation act, T* dz,
+      C* db);
   // Sum of n contiguous values, n <= kRunChunk; longer runs are summed in chunks of that size,
   // whose sums are added in order.
   double (*sum)(int64_t n, const T* x);

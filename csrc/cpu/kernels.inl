@@ -223,15 +223,6 @@ INLINE void store_part(float* p, vec<float> v, int n) {
 }
 #endif
 
-// x < 0 keeps NaN and -0, as torch.relu does.
-template <class C>
-INLINE vec<C> activate(vec<C> v, Activation act) {
-  if (act == Activation::kRelu) {
-    v = v < 0 ? vec<C>{} : v;
-  }
-  return v;
-}
-
 // n lanes, n <= kLanes; inlined into for_vectors, the choice is made at compile time.
 template <class T>
 INLINE vec<acc_t<T>> load_n(const T* p, int n) {
@@ -240,6 +231,14 @@ INLINE vec<acc_t<T>> load_n(const T* p, int n) {
 template <class T>
 INLINE void store_n(T* p, vec<acc_t<T>> v, int n) {
   n == kLanes<acc_t<T>> ? store(p, v) : store_part(p, v, n);
+}
+
+// Rounded to T and back.
+template <class T>
+INLINE vec<acc_t<T>> rounded(vec<acc_t<T>> v) {
+  T lanes[kLanes<acc_t<T>>];
+  store(lanes, v);
+  return load(lanes);
 }
 
 // n values, `stride` apart; the other lanes are zero.
@@ -296,6 +295,148 @@ INLINE void for_vectors_towards(int64_t count, Body body) {
 
 #define BODY [&](int64_t j, int n) __attribute__((always_inline))
 
+// ---- activations --------------------------------------------------------------------
+
+// How e^x is computed. kLn2High has so few bits that its product with any exponent is exact.
+// kMagic rounds what is added to it to an integer, which its low bits then hold. The series is
+// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, to half a unit in the last place of e^r.
+template <class C>
+struct ExpConstants;
+// Those of SLEEF's expf, which PyTorch calls: its formula for sigmoid doubles a difference in the
+// last place of e^x, so that another series would be up to 3 units from it.
+template <>
+struct ExpConstants<float> {
+  static constexpr float kMagic = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kLargest = 89;  // its exponential is beyond the largest number
+  static constexpr int kBits = 23, kBias = 127, kTerms = 6;
+  static constexpr float kSeries[kTerms] = {0.5f,           0x1.555556p-3f,  0x1.5554f4p-5f,
+                                            0x1.11114cp-7f, 0x1.6d2d92p-10f, 0x1.a057b4p-13f};
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kMagic = 0x1.8p52, kLn2High = 0x1.62e42fep-1,
+                          kLn2Low = 0x1.f473de6af278fp-30;
+  static constexpr double kLargest = 710;
+  static constexpr int kBits = 52, kBias = 1023, kTerms = 12;
+  // 1 / 2!, 1 / 3!, ...
+  static constexpr double kSeries[kTerms] = {
+      1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,        1. / 5040,
+      1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600., 1. / 6227020800.};
+};
+
+// e^x = 2^n (1 + p), |p| < 0.42.
+template <class C>
+struct Exponential {
+  vec<C> power;  // 2^(n - 1): 2^n may be beyond the largest number where e^x is not
+  vec<C> p;
+
+  INLINE explicit Exponential(vec<C> x) {
+    using K = ExpConstants<C>;
+    using Integers = typename Vector<C>::mask;
+    const vec<C> magic = vec<C>{} + K::kMagic;
+    const vec<C> shifted = x * static_cast<C>(0x1.71547652b82fep+0) + magic;
+    const vec<C> n = shifted - magic;
+    power = (vec<C>)(((Integers)shifted + (K::kBias - 1)) << K::kBits);
+    const vec<C> r = (x - n * K::kLn2High) - n * K::kLn2Low;
+    vec<C> sum = vec<C>{} + K::kSeries[K::kTerms - 1];
+    UNROLL
+    for (int i = K::kTerms - 2; i >= 0; --i) {
+      sum = sum * r + K::kSeries[i];
+    }
+    p = r * r * sum + r;
+  }
+};
+
+// Every comparison is false for NaN, which so passes on.
+
+// e^x - 1 for x <= 0; below -40 it is -1 in float and double alike.
+template <class C>
+INLINE vec<C> expm1_of_negative(vec<C> x) {
+  const Exponential<C> e(x < -40 ? vec<C>{} - 40 : x);
+  const vec<C> power = e.power + e.power;
+  return power * e.p + (power - 1);
+}
+
+template <Activation kActivation, class C>
+INLINE vec<C> activated(vec<C> v) {
+  if constexpr (kActivation == Activation::kRelu) {
+    return v < 0 ? vec<C>{} : v;  // keeps -0, as torch.relu does
+  } else if constexpr (kActivation == Activation::kTanh) {
+    using Bits = typename Vector<C>::mask;
+    const Bits sign = (Bits)(-vec<C>{});
+    const vec<C> t = expm1_of_negative<C>((vec<C>)((Bits)(v + v) | sign));  // of -2|v|
+    return (vec<C>)(((Bits)(t / (2 + t)) & ~sign) | ((Bits)v & sign));
+  } else if constexpr (kActivation == Activation::kSigmoid) {
+    // PyTorch's formula, rounding where it rounds. Where e^-x overflows the result is 0.
+    constexpr C kLargest = ExpConstants<C>::kLargest;
+    vec<C> x = v > 40 ? vec<C>{} - 40 : -v;
+    x = x > kLargest ? vec<C>{} + kLargest : x;
+    const Exponential<C> e(x);
+    return 1 / (1 + e.power * (1 + e.p) * 2);
+  } else if constexpr (kActivation == Activation::kElu) {
+    return v < 0 ? expm1_of_negative<C>(v) : v;
+  } else {
+    return v;
+  }
+}
+
+// act'(z) * g as a function of y = act(z), for the NaN and the zeros of y as PyTorch has it.
+template <Activation kActivation, class C>
+INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
+  if constexpr (kActivation == Activation::kRelu) {
+    return y <= 0 ? vec<C>{} : g;
+  } else if constexpr (kActivation == Activation::kTanh) {
+    return g * (1 - y * y);
+  } else if constexpr (kActivation == Activation::kSigmoid) {
+    return g * (1 - y) * y;
+  } else if constexpr (kActivation == Activation::kElu) {
+    return y <= 0 ? g * (y + 1) : g;
+  } else {
+    return g;
+  }
+}
+
+template <Activation kActivation>
+struct Constant {};
+
+// f(Constant<act>{}).
+template <class F>
+INLINE void with_activation(Activation act, F f) {
+  switch (act) {
+    case Activation::kNone:
+      return f(Constant<Activation::kNone>{});
+    case Activation::kRelu:
+      return f(Constant<Activation::kRelu>{});
+    case Activation::kTanh:
+      return f(Constant<Activation::kTanh>{});
+    case Activation::kSigmoid:
+      return f(Constant<Activation::kSigmoid>{});
+    case Activation::kElu:
+      return f(Constant<Activation::kElu>{});
+  }
+}
+
+// Tiles and streams apply relu in registers. The other activations are too long to be unrolled
+// into each of them, and run over c while it is in level-1 cache.
+constexpr bool fits_in_tile(Activation act) {
+  return act == Activation::kNone || act == Activation::kRelu;
+}
+
+template <class C>
+INLINE vec<C> activate_in_tile(vec<C> v, Activation act) {
+  return act == Activation::kRelu ? activated<Activation::kRelu, C>(v) : v;
+}
+
+template <class C>
+void activate(int64_t m, int64_t n, C* c, int64_t c_row, Activation act) {
+  with_activation(act, [&]<Activation kAct>(Constant<kAct>) {
+    for (int64_t i = 0; i < m; ++i) {
+      C* row = c + i * c_row;
+      for_vectors<C>(n, BODY { store_n(row + j, activated<kAct, C>(load_n(row + j, n)), n); });
+    }
+  });
+}
+
 // ---- products -----------------------------------------------------------------------
 
 // One register tile: rows x (vectors * kLanes) of c, the last vector cut to `tail` lanes
@@ -339,7 +480,7 @@ void tile(
       const vec<C> add = bias ? get(bias, v) : vec<C>{};
       UNROLL
       for (int i = 0; i < kRows; ++i) {
-        sum[i][v] = activate<C>(bias ? sum[i][v] + add : sum[i][v], act);
+        sum[i][v] = activate_in_tile<C>(bias ? sum[i][v] + add : sum[i][v], act);
       }
     }
   }
@@ -406,7 +547,7 @@ void stream_pass(
             sum += x[i][s] * load_n(b + s * b_row + j, n);
           }
           if (finish) {
-            sum = activate<C>(bias ? sum + load_n(bias + j, n) : sum, act);
+            sum = activate_in_tile<C>(bias ? sum + load_n(bias + j, n) : sum, act);
           }
           store_n(out, sum, n);
         }
@@ -448,11 +589,16 @@ void block(
     Activation act) {
   constexpr int L = kLanes<C>;
   constexpr int64_t width = kTileVectors * L;
+  const bool activates_after = finish && !fits_in_tile(act);
   if (streams(m, k) && n > kPanel && k > 0) {
     for (int64_t i = 0; i < m; i += kStreamRows) {
+      const int64_t rows = m - i < kStreamRows ? m - i : kStreamRows;
       stream(
-          m - i < kStreamRows ? m - i : kStreamRows, n, k, a + i * a_row, a_row, a_col, b, b_row,
-          c + i * c_row, c_row, accumulate, finish, bias, act);
+          rows, n, k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, accumulate,
+          finish, bias, act);
+      if (activates_after) {
+        activate(rows, n, c + i * c_row, c_row, act);
+      }
     }
     return;
   }
@@ -465,6 +611,9 @@ void block(
       by_rows[rows - 1](
           k, a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, tail, accumulate,
           finish, bias ? bias + j : nullptr, act);
+      if (activates_after) {
+        activate(rows, cols, c + i * c_row + j, c_row, act);
+      }
     }
   }
 }
@@ -625,7 +774,7 @@ void stream_transposed(
     UNROLL
     for (int i = 0; i < kRows; ++i) {
       const vec<C> out = bias ? sum[i] + load_n(bias + j, lanes) : sum[i];
-      store_n(c + i * c_row + j, activate<C>(out, act), lanes);
+      store_n(c + i * c_row + j, activate_in_tile<C>(out, act), lanes);
     }
   }
 }
@@ -638,6 +787,9 @@ void transposed(
       stream_transposed<C, 1>, stream_transposed<C, 2>, stream_transposed<C, 3>,
       stream_transposed<C, 4>};
   by_rows[m - 1](n, k, a, a_row, a_col, b, b_col, c, c_row, bias, act);
+  if (!fits_in_tile(act)) {
+    activate(m, n, c, c_row, act);
+  }
 }
 
 // Pairs (even[c], odd[c]), the first n of kLanes columns; zeros for an odd that is null.
@@ -705,38 +857,45 @@ void finish(
     int64_t rows, int64_t cols, const acc_t<T>* in, int64_t in_row, const T* bias, Activation act,
     T* out, int64_t out_row) {
   using C = acc_t<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    for_vectors<C>(
-        cols, BODY {
-          vec<C> v = load_n(in + i * in_row + j, n);
-          if (bias) {
-            v += load_n(bias + j, n);
-          }
-          store_n(out + i * out_row + j, activate<C>(v, act), n);
-        });
-  }
+  with_activation(act, [&]<Activation kAct>(Constant<kAct>) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for_vectors<C>(
+          cols, BODY {
+            vec<C> v = load_n(in + i * in_row + j, n);
+            if (bias) {
+              v += load_n(bias + j, n);
+            }
+            store_n(out + i * out_row + j, activated<kAct, C>(v), n);
+          });
+    }
+  });
 }
 
 template <class T>
 void mask(
-    int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, T* dz, acc_t<T>* db) {
+    int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, Activation act, T* dz,
+    acc_t<T>* db) {
   using C = acc_t<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    for_vectors<C>(
-        cols, BODY {
-          vec<C> g = load_n(dy + i * dy_row + j, n);
-          if (y) {
-            // y <= 0, not y > 0: where y is NaN the gradient passes, as in PyTorch.
-            g = load_n(y + i * cols + j, n) <= 0 ? vec<C>{} : g;
-          }
-          if (dz) {
-            store_n(dz + i * cols + j, g, n);
-          }
-          if (db) {
-            store_n(db + j, load_n(db + j, n) + g, n);
-          }
-        });
-  }
+  with_activation(act, [&]<Activation kAct>(Constant<kAct>) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for_vectors<C>(
+          cols, BODY {
+            vec<C> g = load_n(dy + i * dy_row + j, n);
+            if constexpr (kAct != Activation::kNone) {
+              g = activation_gradient<kAct, C>(g, load_n(y + i * cols + j, n));
+              if constexpr (kAct != Activation::kRelu) {
+                g = rounded<T>(g);  // the bias's gradient sums what the weight's gradient reads
+              }
+            }
+            if (dz) {
+              store_n(dz + i * cols + j, g, n);
+            }
+            if (db) {
+              store_n(db + j, load_n(db + j, n) + g, n);
+            }
+          });
+    }
+  });
 }
 
 // ---- means --------------------------------------------------------------------------
@@ -790,14 +949,6 @@ double sum(int64_t count, const T* x) {
   return sum_lanes(parts[0] + parts[1]);
 }
 
-// Rounded to T and back, because x - x.mean() subtracts a mean of x's own dtype.
-template <class T>
-INLINE vec<acc_t<T>> rounded(vec<acc_t<T>> v) {
-  T lanes[kLanes<acc_t<T>>];
-  store(lanes, v);
-  return load(lanes);
-}
-
 // A subtraction goes downwards: the pass of the sums went upwards, and what it has read last is
 // still in cache. Against upwards: 1.18 of the speed at 2^20 values on two threads, 1.06 to 1.14 at
 // 2^16 to 2^19 on one, 0.94 to 0.97 above 2^20 on one. It goes upwards where many slices up to this
@@ -808,6 +959,7 @@ constexpr int64_t kSmallSlice = 1 << 15;
 template <class T, bool kDown = true>
 void subtract(int64_t count, const T* x, double mean, T* out) {
   using C = acc_t<T>;
+  // x - x.mean() subtracts a mean of x's own dtype.
   const vec<C> m = rounded<T>(vec<C>{} + static_cast<C>(mean));
   for_vectors_towards<C, kDown>(count, BODY { store_n(out + j, load_n(x + j, n) - m, n); });
 }

@@ -80,10 +80,10 @@ at::Tensor linear_act(
 
 namespace {
 
-// dz (rows, cols) contiguous = dy masked by y, and db = its column sums, in one pass;
-// either may be null. Row chunks are of fixed size and their sums are added in order.
+// dz (rows, cols) contiguous = dy * act'(y), and db = its column sums, in one pass; either may
+// be null. Row chunks are of fixed size and their sums are added in order.
 template <class T>
-void mask_and_sum(const Rows& dy, const T* y, T* dz, T* db) {
+void mask_and_sum(const Rows& dy, const T* y, Activation act, T* dz, T* db) {
   using C = acc_t<T>;
   const int64_t cols = dy.cols;
   const int64_t chunks = (dy.count + kRowChunk - 1) / kRowChunk;
@@ -95,7 +95,7 @@ void mask_and_sum(const Rows& dy, const T* y, T* dz, T* db) {
       const int64_t i = s * kRowChunk;
       storage.mask(
           std::min(kRowChunk, dy.count - i), cols, dy.matrix<T>().at(i, 0).data, dy.row,
-          y ? y + i * cols : nullptr, dz ? dz + i * cols : nullptr,
+          y ? y + i * cols : nullptr, act, dz ? dz + i * cols : nullptr,
           db ? partial.get() + s * cols : nullptr);
     }
   });
@@ -138,7 +138,7 @@ Gradients linear_act_backward(
     }
     if (dz.defined() || mask[2]) {
       mask_and_sum<T>(
-          dy, masks ? data<T>(y) : nullptr, dz.defined() ? mutable_data<T>(dz) : nullptr,
+          dy, masks ? data<T>(y) : nullptr, act, dz.defined() ? mutable_data<T>(dz) : nullptr,
           mask[2] ? mutable_data<T>(db) : nullptr);
     }
     const Matrix<T> g = dz.defined() ? matrix<T>(dz) : dy.matrix<T>();
