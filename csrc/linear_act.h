@@ -30,7 +30,8 @@ void check_linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias);
 void check_linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask);
+    const OptionalTensor& output, Activation activation, GradientMask mask,
+    bool transposed = false);
 
 // Through the dispatcher, or straight to the CPU kernel where that comes to the same.
 at::Tensor linear_act(
@@ -64,6 +65,10 @@ at::Tensor linear_act(
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, ActivationName activation, GradientMask mask);
+// The same; with `transposed`, the weight and its gradient are (units, in_units).
+Gradients linear_act_gradients(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
 }  // namespace cpu
 
 }  // namespace mylayers

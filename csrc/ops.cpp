@@ -8,6 +8,7 @@
 
 #include "center.h"
 #include "linear_act.h"
+#include "sequential.h"
 #include "shortcut.h"
 
 TORCH_LIBRARY(mylayers, m) {
@@ -21,6 +22,16 @@ TORCH_LIBRARY(mylayers, m) {
       "str? activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def("center(Tensor input, int[1]? dim=None) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "sequential(Tensor input, Tensor[] parameters, str program) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "sequential_outputs(Tensor input, Tensor[] parameters, str program) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "sequential_backward(Tensor?[] grad_outputs, Tensor? input, Tensor?[] outputs, "
+      "Tensor?[] parameters, str program, bool[] output_mask) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
 }
 
 namespace mylayers {
@@ -106,7 +117,7 @@ void check_linear_act(
 
 void check_linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask) {
+    const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed) {
   constexpr const char* op = "linear_act_backward";
   check_input_rank(op, "grad_output", grad_output);
   // t has the sizes of grad_output in all dimensions but the last `free`.
@@ -125,9 +136,10 @@ void check_linear_act_backward(
     check_like(op, "weight", w, "grad_output", grad_output);
     check_weight_rank(op, w);
     TORCH_SYM_CHECK(
-        w.sym_size(1).sym_eq(grad_output.sym_size(-1)), op,
-        ": weight must be (in_units, units) with units = ", grad_output.sym_size(-1),
-        " to match grad_output ", grad_output.sym_sizes(), "; got weight ", w.sym_sizes());
+        w.sym_size(transposed ? 0 : 1).sym_eq(grad_output.sym_size(-1)), op, ": weight must be ",
+        transposed ? "(units, in_units)" : "(in_units, units)",
+        " with units = ", grad_output.sym_size(-1), " to match grad_output ",
+        grad_output.sym_sizes(), "; got weight ", w.sym_sizes());
   }
   if (mask[1]) {
     check_sizes("input", require("input", input, "the gradient of weight"), 1);
@@ -164,6 +176,15 @@ c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIn
   return dims;
 }
 
+namespace {
+
+template <class Signature>
+auto operator_named(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation) {
@@ -171,9 +192,7 @@ at::Tensor linear_act(
   if (leads_to_cpu_kernel({&input, &weight, bias.has_value() ? &*bias : &none})) {
     return cpu::linear_act(input, weight, bias, activation);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mylayers::linear_act", "")
-                             .typed<decltype(linear_act)>();
+  static const auto op = operator_named<decltype(linear_act)>("mylayers::linear_act");
   return op.call(input, weight, bias, activation);
 }
 
@@ -185,9 +204,8 @@ Gradients linear_act_backward(
   if (leads_to_cpu_kernel({&grad_output, given(input), given(weight), given(output)})) {
     return cpu::linear_act_backward(grad_output, input, weight, output, activation, mask);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mylayers::linear_act_backward", "")
-                             .typed<decltype(linear_act_backward)>();
+  static const auto op =
+      operator_named<decltype(linear_act_backward)>("mylayers::linear_act_backward");
   return op.call(grad_output, input, weight, output, activation, mask);
 }
 
@@ -195,10 +213,41 @@ at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
   if (leads_to_cpu_kernel({&input})) {
     return cpu::center(input, dim);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mylayers::center", "")
-                             .typed<decltype(center)>();
+  static const auto op = operator_named<decltype(center)>("mylayers::center");
   return op.call(input, dim);
+}
+
+at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program) {
+  if (leads_to_cpu_kernel(arguments(input, {parameters}))) {
+    return cpu::sequential(input, parameters, program);
+  }
+  static const auto op = operator_named<ForwardKernel>("mylayers::sequential");
+  return op.call(input, parameters, program.text);
+}
+
+std::vector<at::Tensor> sequential_outputs(
+    const at::Tensor& input, at::TensorList parameters, const Program& program) {
+  if (leads_to_cpu_kernel(arguments(input, {parameters}))) {
+    return cpu::sequential_outputs(input, parameters, program);
+  }
+  static const auto op = operator_named<OutputsKernel>("mylayers::sequential_outputs");
+  return op.call(input, parameters, program.text);
+}
+
+std::vector<at::Tensor> sequential_backward(
+    at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
+    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked) {
+  if (leads_to_cpu_kernel(arguments(input, {grad_outputs, outputs, parameters}))) {
+    return cpu::sequential_backward(grad_outputs, input, outputs, parameters, program, asked);
+  }
+  static const auto op = operator_named<BackwardKernel>("mylayers::sequential_backward");
+  c10::List<bool> mask;
+  for (const bool wanted : asked) {
+    mask.push_back(wanted);
+  }
+  return op.call(
+      optional_tensors(grad_outputs), input.defined() ? std::optional(input) : std::nullopt,
+      optional_tensors(outputs), optional_tensors(parameters), program.text, mask);
 }
 
 }  // namespace mylayers

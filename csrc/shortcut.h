@@ -10,7 +10,7 @@ namespace mylayers {
 // Whether the dispatcher would do nothing but hand these arguments to the CPU kernel: dense CPU
 // tensors, no gradient to record, and no mode, transform, autocast, tracer or profiler that
 // would like to see the call. Its two hops are a seventh of the time of a small eager call.
-inline bool leads_to_cpu_kernel(std::initializer_list<const at::Tensor*> args) {
+inline bool leads_to_cpu_kernel(c10::ArrayRef<const at::Tensor*> args) {
   using c10::DispatchKey;
   constexpr c10::DispatchKeySet kPlain(
       {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView,

@@ -4,6 +4,8 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <initializer_list>
 
@@ -13,7 +15,7 @@ namespace mylayers {
 
 // Exit 1: a functorch transform is active, an argument carries a forward-mode tangent, or
 // there is no compiled kernel. The ATen formula then has every derivative and rule.
-inline bool takes_formula(std::initializer_list<const at::Tensor*> args) {
+inline bool takes_formula(c10::ArrayRef<const at::Tensor*> args) {
   if (c10::impl::tls_local_dispatch_key_set().included_.has(
           c10::DispatchKey::FuncTorchDynamicLayerBackMode)) {
     return true;
@@ -26,8 +28,20 @@ inline bool takes_formula(std::initializer_list<const at::Tensor*> args) {
   return false;
 }
 
+// The tensors of a call that takes lists of them, for these questions.
+inline c10::SmallVector<const at::Tensor*, 16> arguments(
+    const at::Tensor& first, std::initializer_list<at::TensorList> lists) {
+  c10::SmallVector<const at::Tensor*, 16> all = {&first};
+  for (const at::TensorList list : lists) {
+    for (const at::Tensor& t : list) {
+      all.push_back(&t);
+    }
+  }
+  return all;
+}
+
 // Exit 3 (exit 2 otherwise): some argument's gradient is to be recorded.
-inline bool records_gradient(std::initializer_list<const at::Tensor*> args) {
+inline bool records_gradient(c10::ArrayRef<const at::Tensor*> args) {
   if (!at::GradMode::is_enabled()) {
     return false;
   }

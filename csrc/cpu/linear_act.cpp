@@ -8,6 +8,7 @@
 
 #include "dtypes.h"
 #include "gemm.h"
+#include "matrices.h"
 #include "scratch.h"
 
 namespace mylayers {
@@ -18,41 +19,6 @@ namespace {
 constexpr int64_t kRowChunk = 256;
 // Elements per thread below which masking on a second thread does not pay.
 constexpr int64_t kMaskGrain = 1 << 15;
-
-// (..., cols) seen as (rows, cols): a view where strides allow, else a copy.
-struct Rows {
-  at::Tensor owner;
-  int64_t count, cols;
-  int64_t row, col;  // strides
-
-  explicit Rows(const at::Tensor& t) : owner(t), count(1), cols(t.size(-1)), row(0), col(1) {
-    for (int64_t d = 0; d + 1 < t.dim(); ++d) {
-      count *= t.size(d);
-    }
-    if (t.dim() == 2) {
-      row = t.stride(0);
-      col = t.stride(1);
-      return;
-    }
-    if (t.dim() > 2) {
-      owner = t.reshape({count, cols});
-      row = owner.stride(0);
-    }
-    col = owner.stride(-1);
-  }
-
-  template <class T>
-  Matrix<T> matrix() const {
-    return {data<T>(owner), row, col};
-  }
-};
-
-template <class T>
-Matrix<T> matrix(const at::Tensor& t) {
-  return {data<T>(t), t.stride(0), t.stride(1)};
-}
-
-at::Tensor contiguous(const at::Tensor& t) { return t.is_contiguous() ? t : t.contiguous(); }
 
 }  // namespace
 
@@ -112,14 +78,10 @@ void mask_and_sum(const Rows& dy, const T* y, Activation act, T* dz, T* db) {
 
 }  // namespace
 
-Gradients linear_act_backward(
+Gradients linear_act_gradients(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
-  const auto act = parse_activation(activation);
-  check_linear_act_backward(grad_output, input, weight, output, act, mask);
-  if (!has_kernel(grad_output)) {
-    return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
-  }
+    const OptionalTensor& output, Activation act, GradientMask mask, bool transposed) {
+  check_linear_act_backward(grad_output, input, weight, output, act, mask, transposed);
   at::Tensor dx, dw, db;
   with_storage_type(grad_output.scalar_type(), [&]<class T>(T) {
     Rows dy(grad_output);
@@ -143,21 +105,38 @@ Gradients linear_act_backward(
     }
     const Matrix<T> g = dz.defined() ? matrix<T>(dz) : dy.matrix<T>();
     if (mask[0]) {
-      const int64_t in_units = weight->size(0);
+      const int64_t in_units = weight->size(transposed ? 1 : 0);
+      const Matrix<T> w = matrix<T>(*weight);
       c10::SmallVector<int64_t, 6> sizes(grad_output.sizes().begin(), grad_output.sizes().end());
       sizes.back() = in_units;
       dx = empty_like_of(grad_output, sizes);
       gemm<T>(
-          rows, in_units, units, g, matrix<T>(*weight).transposed(), nullptr, Activation::kNone,
+          rows, in_units, units, g, transposed ? w : w.transposed(), nullptr, Activation::kNone,
           mutable_data<T>(dx));
     }
     if (mask[1]) {
       const Rows x(*input);
-      dw = empty_like_of(grad_output, {x.cols, units});
-      gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
+      if (transposed) {  // the same products, added in the same order
+        dw = empty_like_of(grad_output, {units, x.cols});
+        gemm_long<T>(units, x.cols, rows, g.transposed(), x.matrix<T>(), mutable_data<T>(dw));
+      } else {
+        dw = empty_like_of(grad_output, {x.cols, units});
+        gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
+      }
     }
   });
   return {dx, dw, db};
+}
+
+Gradients linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+  if (!has_kernel(grad_output)) {
+    return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
+  }
+  return linear_act_gradients(
+      grad_output, input, weight, output, parse_activation(activation), mask,
+      /*transposed=*/false);
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CPU, m) {
