@@ -1,22 +1,28 @@
 // The Python module mylayers._C: entries for eager calls of the operators, and facts
 // about this build. The only file that includes Python headers; a program without Python
 // links the others.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
 
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "center.h"
 #include "cpu/gemm.h"
 #include "cpu/huge_pages.h"
 #include "linear_act.h"
+#include "sequential.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// The two operators' entries take their arguments by position through CPython's own calling
+// The operators' entries take their arguments by position through CPython's own calling
 // convention: pybind11's, with its argument records, costs a fifth of a small call.
 
 const at::Tensor& tensor_argument(const char* op, const char* name, PyObject* value) {
@@ -118,11 +124,232 @@ PyObject* center(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// ---- FusedSequential ---------------------------------------------------------------------------
+//
+// A chain is the pattern of consecutive children of a FusedSequential that one program computes:
+// each child's class and the attributes that its step follows from. Before each call the children
+// are compared with it, and their parameters are read, so nothing that a chain holds goes stale;
+// mylayers/sequential.py makes a new one where it does not fit.
+
+struct Chain {
+  struct Child {
+    py::object cls;
+    unsigned version;  // CPython's own number for a state of a class, new after any change
+    std::vector<std::pair<py::object, py::object>> attributes;
+    bool is_linear, has_bias;
+  };
+  mylayers::Program program;
+  Py_ssize_t first, siblings;  // place of the first child, and how many children there are
+  std::vector<Child> children;
+
+  static constexpr const char* kName = "mylayers.Chain";
+};
+
+unsigned version(PyObject* cls) { return reinterpret_cast<PyTypeObject*>(cls)->tp_version_tag; }
+
+// (program, first, siblings, children): each child (class, attributes, is linear, has bias), each
+// attribute (name, value).
+py::capsule make_chain(
+    const std::string& program, Py_ssize_t first, Py_ssize_t siblings, const py::tuple& children) {
+  auto chain = std::make_unique<Chain>(Chain{mylayers::Program(program), first, siblings, {}});
+  for (const py::handle item : children) {
+    const auto child = item.cast<py::tuple>();
+    // Looking an attribute up gives the class its number.
+    py::getattr(child[0], "forward");
+    Chain::Child made{
+        child[0], version(child[0].ptr()), {}, child[2].cast<bool>(), child[3].cast<bool>()};
+    for (const py::handle attribute : child[1]) {
+      const auto pair = attribute.cast<py::tuple>();
+      made.attributes.emplace_back(pair[0], pair[1]);
+    }
+    chain->children.push_back(std::move(made));
+  }
+  return py::capsule(chain.release(), Chain::kName, [](PyObject* capsule) {
+    delete static_cast<Chain*>(PyCapsule_GetPointer(capsule, Chain::kName));
+  });
+}
+
+// Names looked up on every call.
+struct Names {
+  PyObject* whole = PyUnicode_InternFromString("_whole");
+  PyObject* modules = PyUnicode_InternFromString("_modules");
+  PyObject* parameters = PyUnicode_InternFromString("_parameters");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* bias = PyUnicode_InternFromString("bias");
+  PyObject* forward = PyUnicode_InternFromString("forward");
+  PyObject* compiled = PyUnicode_InternFromString("_compiled_call_impl");
+  PyObject* hooks[4] = {
+      PyUnicode_InternFromString("_forward_hooks"),
+      PyUnicode_InternFromString("_forward_pre_hooks"),
+      PyUnicode_InternFromString("_backward_hooks"),
+      PyUnicode_InternFromString("_backward_pre_hooks")};
+  py::object global_hooks[4];
+
+  Names() {
+    const auto module = py::module_::import("torch.nn.modules.module");
+    const char* const names[4] = {
+        "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+        "_global_backward_pre_hooks"};
+    for (int i = 0; i < 4; ++i) {
+      global_hooks[i] = module.attr(names[i]);
+    }
+  }
+};
+
+// Whether a module, given by its __dict__, does nothing but its class's forward.
+bool is_plain(const Names& names, PyObject* own) {
+  for (PyObject* name : names.hooks) {
+    PyObject* hooks = PyDict_GetItemWithError(own, name);
+    if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) {
+      return false;
+    }
+  }
+  return !PyDict_GetItemWithError(own, names.forward) &&
+         !PyDict_GetItemWithError(own, names.compiled);
+}
+
+bool fits(const Names& names, const Chain::Child& child, PyObject* module, PyObject* own) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != child.cls.ptr() ||
+      version(child.cls.ptr()) != child.version || child.version == 0 || !is_plain(names, own)) {
+    return false;
+  }
+  for (const auto& [name, value] : child.attributes) {
+    if (PyDict_GetItemWithError(own, name.ptr()) != value.ptr()) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Tensors held through their Python objects, whose count needs no lock: a count of a tensor that
+// Python knows takes the GIL each time, 50 ns.
+class Held {
+ public:
+  Held() = default;
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+  ~Held() {
+    for (at::Tensor& t : tensors_) {
+      Borrow::destroyBorrow(t);
+    }
+  }
+
+  // Whether there is a tensor of that name, and not of a class of its own.
+  bool take(PyObject* parameters, PyObject* name) {
+    PyObject* value = PyDict_GetItemWithError(parameters, name);
+    if (value == nullptr || !THPVariable_CheckExact(value)) {
+      return false;
+    }
+    objects_.push_back(py::reinterpret_borrow<py::object>(value));
+    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(value)));
+    return true;
+  }
+  const at::Tensor& back() const { return tensors_.back(); }
+  at::TensorList list() const { return tensors_; }
+
+ private:
+  using Borrow = c10::MaybeOwnedTraits<at::Tensor>;
+  c10::SmallVector<py::object, 16> objects_;
+  c10::SmallVector<at::Tensor, 16> tensors_;
+};
+
+// The chain's result; NotImplemented where the chain does not fit the children, or something
+// watches calls by their Python name.
+PyObject* run(const Names& names, PyObject* capsule, PyObject* modules, PyObject* input) {
+  const auto* chain = static_cast<Chain*>(PyCapsule_GetPointer(capsule, Chain::kName));
+  if (chain == nullptr) {
+    throw python_error();
+  }
+  const auto refuse = [] { return Py_NewRef(Py_NotImplemented); };
+  if (!THPVariable_CheckExact(input) || !PyDict_Check(modules) ||
+      PyDict_GET_SIZE(modules) != chain->siblings || at::impl::torch_function_mode_enabled() ||
+      at::tracer::impl::is_dispatch_enabled()) {
+    return refuse();
+  }
+  for (const py::object& hooks : names.global_hooks) {
+    if (PyDict_GET_SIZE(hooks.ptr()) != 0) {
+      return refuse();
+    }
+  }
+  const at::Tensor& x = THPVariable_Unpack(input);
+  Held parameters;
+  int64_t work_per_row = 0;
+  Py_ssize_t position = 0, place = 0;
+  PyObject* module = nullptr;
+  auto child = chain->children.begin();
+  while (child != chain->children.end() && PyDict_Next(modules, &position, nullptr, &module)) {
+    if (place++ < chain->first) {
+      continue;
+    }
+    const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+    if (!own || !fits(names, *child, module, own.ptr())) {
+      PyErr_Clear();
+      return refuse();
+    }
+    if (child->is_linear) {
+      PyObject* own_parameters = PyDict_GetItemWithError(own.ptr(), names.parameters);
+      if (own_parameters == nullptr || !PyDict_Check(own_parameters)) {
+        return refuse();
+      }
+      if (!parameters.take(own_parameters, names.weight)) {
+        return refuse();
+      }
+      const at::Tensor& weight = parameters.back();
+      work_per_row += has_plain_sizes(weight) ? weight.numel() : kShort;
+      const bool takes_bias = child->has_bias
+                                  ? parameters.take(own_parameters, names.bias)
+                                  : PyDict_GetItemWithError(own_parameters, names.bias) == Py_None;
+      if (!takes_bias) {
+        return refuse();
+      }
+    }
+    ++child;
+  }
+  const bool is_short = has_plain_sizes(x) && work_per_row <= kShort && x.numel() <= kShort &&
+                        x.numel() * work_per_row <= kShort * (x.dim() ? x.size(-1) : 1);
+  return wrapped(
+      is_short, [&] { return mylayers::sequential(x, parameters.list(), chain->program); });
+}
+
+const Names& names() {
+  static const Names& once = *new Names();  // outlives the interpreter's own end
+  return once;
+}
+
+// (chain, the parent's _modules, input)
+PyObject* run_chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("run_chain", count, 3);
+  return run(names(), args[0], args[1], args[2]);
+  END_HANDLE_TH_ERRORS
+}
+
+// (a FusedSequential, input): its whole chain, if it has one and a call would do nothing else.
+PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("call_fused", count, 2);
+  const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(args[0], nullptr));
+  if (!own) {
+    throw python_error();
+  }
+  PyObject* whole = PyDict_GetItemWithError(own.ptr(), names().whole);
+  PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
+  if (whole == nullptr || whole == Py_None || modules == nullptr || !is_plain(names(), own.ptr())) {
+    return Py_NewRef(Py_NotImplemented);
+  }
+  return run(names(), whole, modules, args[1]);
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef kOperators[] = {
     {"linear_act", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_act)),
      METH_FASTCALL, "linear_act(input, weight, bias, activation)"},
     {"center", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(center)), METH_FASTCALL,
      "center(input, dim)"},
+    {"run_chain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_chain)),
+     METH_FASTCALL, "run_chain(chain, modules, input)"},
+    {"call_fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_fused)),
+     METH_FASTCALL, "call_fused(fused_sequential, input)"},
     {nullptr, nullptr, 0, nullptr}};
 
 std::string compiler() {
@@ -164,5 +391,6 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), kOperators) != 0) {
     throw py::error_already_set();
   }
+  m.def("make_chain", make_chain);
   m.def("build_info", build_info);
 }

@@ -35,9 +35,11 @@ if not any(
 from mylayers import functional, reference
 from mylayers._extension import build_info
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
+from mylayers.sequential import FusedSequential
 
 __all__ = [
     "CenteredLayer",
+    "FusedSequential",
     "LazyMyLinear",
     "MyLinear",
     "build_info",

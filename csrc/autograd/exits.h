@@ -6,6 +6,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <initializer_list>
 
@@ -20,8 +21,10 @@ inline bool takes_formula(c10::ArrayRef<const at::Tensor*> args) {
           c10::DispatchKey::FuncTorchDynamicLayerBackMode)) {
     return true;
   }
+  // Asking each tensor for its tangent takes a lock each; one tells whether there can be any.
+  const bool tangents = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
   for (const at::Tensor* t : args) {
-    if (t->defined() && (!has_kernel(*t) || t->_fw_grad(/*level=*/0).defined())) {
+    if (t->defined() && (!has_kernel(*t) || (tangents && t->_fw_grad(/*level=*/0).defined()))) {
       return true;
     }
   }

@@ -34,12 +34,13 @@ at::Tensor linear_act(
   c10::SmallVector<int64_t, 6> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = weight.size(1);
   const bool has_bias = bias.has_value() && bias->defined();
-  const at::Tensor b = has_bias ? contiguous(*bias) : at::Tensor();
+  const at::Tensor none;
+  const auto b = (has_bias ? *bias : none).expect_contiguous();
   const at::Tensor output = empty_like_of(input, sizes);
   with_storage_type(input.scalar_type(), [&]<class T>(T) {
     gemm<T>(
         x.count, weight.size(1), x.cols, x.matrix<T>(), matrix<T>(weight),
-        has_bias ? data<T>(b) : nullptr, act, mutable_data<T>(output));
+        has_bias ? data<T>(*b) : nullptr, act, mutable_data<T>(output));
   });
   return output;
 }
@@ -84,13 +85,14 @@ Gradients linear_act_gradients(
   check_linear_act_backward(grad_output, input, weight, output, act, mask, transposed);
   at::Tensor dx, dw, db;
   with_storage_type(grad_output.scalar_type(), [&]<class T>(T) {
-    Rows dy(grad_output);
-    if (dy.col != 1) {
-      dy = Rows(grad_output.contiguous());
-    }
+    const auto grad = grad_output.stride(-1) == 1
+                          ? c10::MaybeOwned<at::Tensor>::borrowed(grad_output)
+                          : grad_output.expect_contiguous();
+    const Rows dy(*grad);
     const int64_t rows = dy.count, units = dy.cols;
     const bool masks = act != Activation::kNone;
-    const at::Tensor y = masks ? contiguous(*output) : at::Tensor();
+    const at::Tensor none;
+    const auto y = (masks ? *output : none).expect_contiguous();
     at::Tensor dz;
     if (mask[2]) {
       db = empty_like_of(grad_output, {units});
@@ -100,7 +102,7 @@ Gradients linear_act_gradients(
     }
     if (dz.defined() || mask[2]) {
       mask_and_sum<T>(
-          dy, masks ? data<T>(y) : nullptr, act, dz.defined() ? mutable_data<T>(dz) : nullptr,
+          dy, masks ? data<T>(*y) : nullptr, act, dz.defined() ? mutable_data<T>(dz) : nullptr,
           mask[2] ? mutable_data<T>(db) : nullptr);
     }
     const Matrix<T> g = dz.defined() ? matrix<T>(dz) : dy.matrix<T>();

@@ -101,12 +101,12 @@ void check_layer(
   TORCH_INTERNAL_ASSERT(false, "linear_act accepts what sequential refused");
 }
 
-// The steps [first, last), all linear; their outputs, or the last one's.
-std::vector<at::Tensor> linear_steps(
+// The steps [first, last), all linear. The last one's output; `outputs`, if any, get them all.
+at::Tensor linear_steps(
     const at::Tensor& input, const Step* first, const Step* last, const at::Tensor* parameter,
-    bool keep_all) {
-  std::vector<at::Tensor> outputs;
-  c10::SmallVector<at::Tensor, 4> copies;  // of biases that are not contiguous
+    std::vector<at::Tensor>* outputs) {
+  at::Tensor output;
+  c10::SmallVector<c10::MaybeOwned<at::Tensor>, 8> biases;
   with_storage_type(input.scalar_type(), [&]<class T>(T) {
     c10::SmallVector<Layer<T>, 8> layers;
     int64_t in_units = input.dim() == 0 ? 0 : input.size(-1);
@@ -117,12 +117,16 @@ std::vector<at::Tensor> linear_steps(
       const int64_t units = parameter[0].size(step->transposed ? 0 : 1);
       const T* bias = nullptr;
       if (step->has_bias) {
-        bias = data<T>(copies.emplace_back(contiguous(parameter[1])));
+        bias = data<T>(*biases.emplace_back(parameter[1].expect_contiguous()));
       }
       T* out = nullptr;
-      if (keep_all || step + 1 == last) {
+      if (outputs || step + 1 == last) {
         sizes.back() = units;
-        out = mutable_data<T>(outputs.emplace_back(empty_like_of(input, sizes)));
+        output = empty_like_of(input, sizes);
+        out = mutable_data<T>(output);
+      }
+      if (outputs) {
+        outputs->push_back(output);
       }
       layers.push_back(
           {in_units, units, step->transposed ? w.transposed() : w, bias, step->activation, out});
@@ -132,50 +136,65 @@ std::vector<at::Tensor> linear_steps(
     const Rows x(input);
     run_layers<T>(x.count, x.matrix<T>(), layers);
   });
-  return outputs;
+  return output;
 }
 
-// The outputs of all computing steps, or the last one's.
-std::vector<at::Tensor> run(
-    const at::Tensor& input, at::TensorList parameters, const Program& program, bool keep_all) {
+// The last step's output; `outputs`, if any, get those of all computing steps.
+at::Tensor run(
+    const at::Tensor& input, at::TensorList parameters, const Program& program,
+    std::vector<at::Tensor>* outputs) {
   program.check_parameters(parameters);
-  std::vector<at::Tensor> outputs;
-  at::Tensor x = input;
+  at::Tensor output;
+  const at::Tensor* x = &input;
   const at::Tensor* parameter = parameters.data();
   const Step* end = program.steps.data() + program.steps.size();
   for (const Step* step = program.steps.data(); step != end;) {
     const Step* next = step + 1;
-    if (step->kind == Step::Kind::kFlatten) {
-      x = at::flatten(x, step->dims[0], step->dims[1]);
-    } else if (step->kind == Step::Kind::kLinear) {
-      next = std::find_if(next, end, [](const Step& s) { return s.kind != Step::Kind::kLinear; });
-      auto more = linear_steps(x, step, next, parameter, keep_all);
-      for (const Step* s = step; s != next; ++s) {
-        parameter += s->parameters();
-      }
-      x = more.back();
-      outputs.insert(outputs.end(), more.begin(), more.end());
-    } else {
-      x = step->kind == Step::Kind::kCenter ? center(x, step->center_dim())
-                                            : activation_formula(x, step->activation);
-      outputs.push_back(x);
+    switch (step->kind) {
+      case Step::Kind::kLinear:
+        while (next != end && next->kind == Step::Kind::kLinear) {
+          ++next;
+        }
+        output = linear_steps(*x, step, next, parameter, outputs);
+        for (const Step* s = step; s != next; ++s) {
+          parameter += s->parameters();
+        }
+        break;
+      case Step::Kind::kActivation:
+        output = activation_formula(*x, step->activation);
+        break;
+      case Step::Kind::kCenter:
+        output = center(*x, step->center_dim());
+        break;
+      case Step::Kind::kFlatten:
+        output = at::flatten(*x, step->dims[0], step->dims[1]);
+        break;
     }
+    if (outputs && (step->kind == Step::Kind::kActivation || step->kind == Step::Kind::kCenter)) {
+      outputs->push_back(output);
+    }
+    x = &output;
     step = next;
   }
-  return outputs;
+  return output;
 }
 
 }  // namespace
 
 at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  return has_kernel(input) ? run(input, parameters, program, /*keep_all=*/false).back()
+  return has_kernel(input) ? run(input, parameters, program, /*outputs=*/nullptr)
                            : sequential_formula(input, parameters, program);
 }
 
 std::vector<at::Tensor> sequential_outputs(
     const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  return has_kernel(input) ? run(input, parameters, program, /*keep_all=*/true)
-                           : sequential_outputs_formula(input, parameters, program);
+  if (!has_kernel(input)) {
+    return sequential_outputs_formula(input, parameters, program);
+  }
+  std::vector<at::Tensor> outputs;
+  outputs.reserve(program.outputs);
+  run(input, parameters, program, &outputs);
+  return outputs;
 }
 
 std::vector<at::Tensor> sequential_backward(
