@@ -8,8 +8,8 @@ chunks of 256 rows and 8192 values, 64 narrow columns, strips of 1024 columns, g
 32768 values per thread for means.
 
 A sample's values depend on its name and dtype alone. With ``large=False`` there are only
-small samples whose memory does not overlap, and no pre-activation lies near relu's kink: what
-``torch.autograd.gradcheck`` needs.
+small samples whose memory does not overlap, and no pre-activation lies near a kink of its
+activation: what ``torch.autograd.gradcheck`` needs.
 """
 
 import contextlib
@@ -25,7 +25,10 @@ from torch import Tensor
 from mylayers import reference
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = (*reference.ACTIVATIONS, None)
 
+# relu's first derivative jumps at 0, and elu's second.
+KINKED = ("relu", "elu")
 # Finite differences move a pre-activation by less than this.
 KINK_MARGIN = 1e-2
 
@@ -150,6 +153,15 @@ _LARGE_PRODUCTS = [
     ((4097,), 33, 17),
     ((2, 67000), 3, 2),
 ]
+# Where a kernel applies an activation: along one vector, streams of few rows or little depth,
+# tiles and blocks cut in each size; more rows than one chunk of the bias gradient's sum.
+_ACTIVATED_PRODUCTS = [
+    ((), 300, 65),
+    ((3,), 31, 129),
+    ((13,), 2, 130),
+    ((241,), 257, 65),
+    ((300,), 17, 15),
+]
 
 
 def in_float64(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -180,7 +192,7 @@ def _linear_act_sample(
         )
         args = tuple(t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors)
         sample = Sample(name, args, {"activation": activation})
-        if not (away_from_kinks and activation):
+        if not (away_from_kinks and activation in KINKED):
             return sample
         pre_activation = reference.linear_act(*in_float64(*args), activation=None)
         if bool((pre_activation.abs() > KINK_MARGIN).all()):
@@ -194,7 +206,7 @@ def linear_act_samples(
     """Samples of ``linear_act``: ``args`` are input, weight, bias; ``kwargs`` the activation.
 
     Args:
-        dtype: of all tensors. A complex dtype has no relu, so its activation is None.
+        dtype: of all tensors. A complex dtype has no kernel for an activation, so its is None.
         requires_grad: whether the tensors (leaves) ask for gradients.
         large: also sizes around block edges and overlapping memory; see the module's text.
     """
@@ -219,6 +231,17 @@ def linear_act_samples(
         yield sample(((2, 3), 4, 5), input_layout=layout, weight_layout=layout, bias_layout=None)
     yield sample(matrix, activation=None, input_layout="transposed", weight_layout="transposed")
     yield sample(((), 9, 7), input_layout="stepped", weight_layout="stepped")
+    if dtype.is_complex:
+        return
+    for activation in reference.ACTIVATIONS:
+        if activation == "relu":  # all of the above
+            continue
+        yield sample(matrix, activation=activation)
+        yield sample(((2, 3), 4, 5), activation=activation, bias_layout=None)
+        if large:
+            for sizes in _ACTIVATED_PRODUCTS:
+                yield sample(sizes, activation=activation)
+            yield sample(((3,), 31, 129), activation=activation, weight_layout="transposed")
 
 
 # ---- center ----------------------------------------------------------------------------
@@ -329,13 +352,28 @@ def num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def integer_of(dtype: torch.dtype) -> torch.dtype:
+    """The integers that have the bits of ``dtype``."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal shapes, dtypes and bits: tells 0 from -0, and NaN equals itself."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    view = integers[a.dtype.itemsize]
+    view = integer_of(a.dtype)
     return torch.equal(a.detach().contiguous().view(view), b.detach().contiguous().view(view))
+
+
+def units_apart(a: Tensor, b: Tensor) -> Tensor:
+    """How many steps to the next number of their dtype lie between two numbers; 0 from 0 to -0."""
+
+    def position(t: Tensor) -> Tensor:
+        integer = integer_of(t.dtype)
+        bits = t.detach().contiguous().view(integer).to(torch.int64)
+        return torch.where(bits < 0, torch.iinfo(integer).min - bits, bits)
+
+    return (position(a) - position(b)).abs()
 
 
 def product_tolerance(dtype: torch.dtype, terms: int, magnitude: Tensor, exact: Tensor) -> Tensor:
@@ -349,6 +387,19 @@ def product_tolerance(dtype: torch.dtype, terms: int, magnitude: Tensor, exact: 
     result = torch.finfo(dtype)
     summed = accumulator.eps * (terms + 1) ** 0.5 * magnitude
     return summed + result.eps / 2 * (exact.abs() + summed) + result.eps / 2 * result.tiny
+
+
+def activation_tolerance(activation: str | None, dtype: torch.dtype, exact: Tensor) -> Tensor:
+    """How far the activation of an accumulator may lie from its exact value.
+
+    relu does not round, the others by 4 units in the last place: in float32 by 2 from PyTorch's,
+    which are off by up to 2 themselves. Where sigmoid is less than the smallest normal number,
+    e^-x overflows, and it is 0.
+    """
+    if activation in (None, "relu"):
+        return torch.zeros_like(exact)
+    accumulator = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype)
+    return 4 * accumulator.eps * exact.abs() + accumulator.tiny
 
 
 def assert_within(actual: Tensor, exact: Tensor, tolerance: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-from mylayers import CenteredLayer, LazyMyLinear, MyLinear, functional
+from mylayers import CenteredLayer, LazyMyLinear, MyLinear, functional, reference
 
 ops = torch.ops.mylayers
 IN_UNITS, UNITS = 5, 3
@@ -52,6 +52,7 @@ def assert_close(actual: Any, expected: Any, terms: int = 64) -> None:
 
 # ---- opcheck ---------------------------------------------------------------------------
 
+any_activation = pytest.mark.parametrize("activation", samples.ACTIVATIONS)
 requires_grad = pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -110,13 +111,13 @@ def backward_arguments(
         draw(*lead, UNITS).requires_grad_(requires_grad),
         draw(*lead, IN_UNITS).requires_grad_(requires_grad) if mask[1] else None,
         draw(IN_UNITS, UNITS).requires_grad_(requires_grad) if mask[0] else None,
-        draw(*lead, UNITS).relu() if activation else None,
+        reference.ACTIVATIONS[activation](draw(*lead, UNITS)) if activation else None,
         activation,
         mask,
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("lead", [(2, 4), (), (0,)], ids=str)
 def test_opcheck_of_linear_act_backward(
@@ -125,7 +126,7 @@ def test_opcheck_of_linear_act_backward(
     opcheck(ops.linear_act_backward, backward_arguments(mask, activation, lead=lead))
 
 
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 def test_opcheck_of_linear_act_backward_for_double_backward(activation: str | None) -> None:
     arguments = backward_arguments((True, True, True), activation, requires_grad=True)
     opcheck(ops.linear_act_backward, arguments)
@@ -137,9 +138,10 @@ def test_opcheck_in_every_compiled_dtype(dtype: torch.dtype) -> None:
         torch.randn(s, dtype=dtype, requires_grad=True)
         for s in ((4, IN_UNITS), (IN_UNITS, UNITS), (UNITS,))
     )
-    opcheck(ops.linear_act, (x, weight, bias))
-    opcheck(ops.linear_act_backward, backward_arguments((True, True, True), "relu", dtype))
     opcheck(ops.center, (x, [0]))
+    for activation in reference.ACTIVATIONS:
+        opcheck(ops.linear_act, (x, weight, bias, activation))
+        opcheck(ops.linear_act_backward, backward_arguments((True, True, True), activation, dtype))
 
 
 def test_opcheck_of_complex_center() -> None:
@@ -232,7 +234,7 @@ def step(net: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[
     return [y.detach(), *torch.autograd.grad(y.pow(3).sum(), (x, *module.parameters()))]
 
 
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile_without_a_graph_break_forward_and_backward(
     backend: str, activation: str | None
@@ -438,9 +440,12 @@ def test_compiled_autograd_of_a_compiled_step() -> None:
 # ---- torch.export, make_fx, torch.jit.trace --------------------------------------------
 
 
+@any_activation
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-def test_exported_program_takes_any_batch_and_survives_a_file(strict: bool, tmp_path: Path) -> None:
-    module = layers().eval()
+def test_exported_program_takes_any_batch_and_survives_a_file(
+    strict: bool, activation: str | None, tmp_path: Path
+) -> None:
+    module = layers(activation).eval()
     rows = torch.export.Dim("rows")
     program = torch.export.export(
         module, (torch.randn(4, IN_UNITS),), dynamic_shapes=({0: rows},), strict=strict

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import samples
 import torch
-from samples import KERNEL_DTYPES, num_threads, outcome, same_bits
+from samples import ACTIVATIONS, KERNEL_DTYPES, num_threads, outcome, same_bits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -26,6 +26,7 @@ import mylayers
 from mylayers import functional, reference
 
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
+any_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 every_operator = pytest.mark.parametrize("operator", ["linear_act", "center"])
 
 
@@ -191,27 +192,33 @@ def test_wrong_dims_are_refused_naming_operator_expected_and_got(
 
 
 @every_dtype
-def test_without_input_units_every_row_is_the_activated_bias(dtype):
-    x = ones(3, 0, dtype=dtype, requires_grad=True)
-    weight = ones(0, 2, dtype=dtype, requires_grad=True)
-    bias = torch.tensor([-1.0, 2.0], dtype=dtype, requires_grad=True)
-    output = functional.linear_act(x, weight, bias)
-    assert torch.equal(output, torch.tensor([[0.0, 2.0]] * 3, dtype=dtype))
-    output.sum().backward()
-    assert x.grad.shape == (3, 0)
-    assert weight.grad.shape == (0, 2)
-    assert torch.equal(bias.grad, torch.tensor([0.0, 3.0], dtype=dtype))
+@any_activation
+def test_without_input_units_every_row_is_the_activated_bias(activation, dtype):
+    def run(lib, wide):
+        x, weight, bias = ones(3, 0), ones(0, 2), torch.tensor([-1.0, 2.0])
+        leaves = [t.to(wide).requires_grad_() for t in (x, weight, bias)]
+        output = lib.linear_act(*leaves, activation)
+        output.sum().backward()
+        assert [t.grad.shape for t in leaves] == [(3, 0), (0, 2), (2,)]
+        return output, leaves[2].grad
+
+    # An output up to 1 is off by 4 units in the last place at most, which are twice eps; its
+    # derivative, up to twice as steep and with roundings of its own, by 6 eps; 3 rows.
+    atol = 0 if activation in (None, "relu") else 3 * 6 * torch.finfo(dtype).eps
+    for actual, expected in zip(run(functional, dtype), run(reference, torch.float64), strict=True):
+        torch.testing.assert_close(actual, expected.to(dtype), rtol=0, atol=atol)
 
 
 @every_dtype
+@any_activation
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (4, 3, 0), (0, 0, 0)], ids=str)
-def test_gradients_to_which_nothing_contributes_are_zero(sizes, dtype):
+def test_gradients_to_which_nothing_contributes_are_zero(sizes, activation, dtype):
     rows, in_units, units = sizes
     args = [
         ones(shape, dtype=dtype, requires_grad=True)
         for shape in ((rows, in_units), (in_units, units), (units,))
     ]
-    functional.linear_act(*args).sum().backward()
+    functional.linear_act(*args, activation).sum().backward()
     for argument in args:
         assert torch.equal(argument.grad, torch.zeros_like(argument))
 
@@ -258,7 +265,7 @@ def test_a_read_only_memory_map_is_only_read(operator, dtype, tmp_path):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize(
     ("operator", "options"),
-    [("linear_act", ["relu"]), ("linear_act", [None])] + [("center", [d]) for d in (None, 0, 1)],
+    [("linear_act", [a]) for a in ACTIVATIONS] + [("center", [d]) for d in (None, 0, 1)],
     ids=str,
 )
 def test_copy_on_write_tensors_are_not_materialised(operator, options, layout, dtype):
@@ -347,7 +354,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @every_dtype
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 @pytest.mark.parametrize(
     "special", [[NAN], [INF], [-INF], [INF, -INF], [INF, NAN]], ids=lambda v: str(v)
 )
@@ -369,14 +376,15 @@ def test_nan_and_infinity_spread_as_in_the_formula_and_stay_in_their_row(
 
 
 @every_dtype
+@any_activation
 @pytest.mark.parametrize("special", [NAN, INF, -INF], ids=str)
-def test_nan_and_infinity_in_weight_and_bias_stay_in_their_column(special, dtype):
+def test_nan_and_infinity_in_weight_and_bias_stay_in_their_column(special, activation, dtype):
     x, weight, bias = arguments("linear_act", dtype)
-    clean = functional.linear_act(x, weight, bias)
+    clean = functional.linear_act(x, weight, bias, activation)
     weight[5, 2] = special
     bias[9] = special
-    actual = functional.linear_act(x, weight, bias)
-    expected = reference.linear_act(*samples.in_float64(x, weight, bias))
+    actual = functional.linear_act(x, weight, bias, activation)
+    expected = reference.linear_act(*samples.in_float64(x, weight, bias), activation)
     assert torch.equal(actual.isnan(), expected.isnan())
     assert torch.equal(actual.isinf(), expected.isinf())
     others = [j for j in range(weight.shape[1]) if j not in (2, 9)]
@@ -384,17 +392,71 @@ def test_nan_and_infinity_in_weight_and_bias_stay_in_their_column(special, dtype
 
 
 @every_dtype
-def test_gradients_where_the_output_is_nan_or_infinite_are_the_formulas(dtype):
+@any_activation
+def test_gradients_where_the_output_is_nan_or_infinite_are_the_formulas(activation, dtype):
     x, weight, bias = arguments("linear_act", dtype)
-    x[1, 0], x[2, 0], x[3, 0] = NAN, INF, -INF
+    x[2, 0], x[3, 0] = INF, -INF
+    if activation != "elu":
+        # At NaN, PyTorch's gradient of elu is NaN where it computes with vectors, and the
+        # output's gradient in the few elements that remain.
+        x[1, 0] = NAN
     gradients = []
     for module, wide in ((functional, dtype), (reference, torch.float64)):
         args = [t.to(wide, copy=True).requires_grad_() for t in (x, weight, bias)]
-        module.linear_act(*args).backward(ones(13, 21, dtype=wide))
+        module.linear_act(*args, activation).backward(ones(13, 21, dtype=wide))
         gradients.append([t.grad for t in args])
     for actual, expected in zip(*gradients, strict=True):
         assert torch.equal(actual.isnan(), expected.isnan())
         assert torch.equal(actual.isinf(), expected.isinf())
+
+
+BACKWARD_FORMULAS = {
+    "relu": lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
+    "tanh": torch.ops.aten.tanh_backward,
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "elu": lambda grad, y: torch.ops.aten.elu_backward(grad, 1, 1, 1, True, y),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_gradients_of_special_outputs_are_pytorchs(activation, dtype):
+    outputs = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5], dtype=dtype)
+    if activation == "elu":
+        outputs = outputs[1:]  # at NaN, PyTorch has two gradients; see above
+    grads = torch.tensor([1.0, -3.0, 0.0, INF, -INF, NAN], dtype=dtype)
+    y, grad = outputs.repeat(len(grads)), grads.repeat_interleave(len(outputs))
+    one = ones(1, 1, dtype=dtype)
+    (dx, _, _) = torch.ops.mylayers.linear_act_backward(
+        grad[:, None], None, one, y[:, None], activation, [True, False, False]
+    )
+    (_, dw, db) = torch.ops.mylayers.linear_act_backward(
+        grad[None], one, None, y[None], activation, [False, True, True]
+    )
+    expected = BACKWARD_FORMULAS[activation](grad, y)  # exact: all are small binary fractions
+    for actual in (dx[:, 0], dw[0], db):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_special_inputs_have_the_value_and_gradient_of_the_formula(activation, dtype):
+    info = torch.finfo(dtype)
+    numbers = [0, info.smallest_normal, info.eps, 0.5, 1, 9, 17, 40, 88, 89, 104, 709, 746]
+    x = torch.tensor([*numbers, info.max, INF], dtype=dtype)
+    x = torch.cat([x, -x])
+    results = []
+    for lib, wide in ((functional, dtype), (reference, torch.float64)):
+        leaf = x.to(wide, copy=True).requires_grad_()
+        y = lib.linear_act(leaf[:, None], ones(1, 1, dtype=wide), None, activation)[:, 0]
+        y.sum().backward()
+        results.append((y.detach().to(torch.float64), leaf.grad.to(torch.float64)))
+    (y, grad), (exact_y, exact_grad) = results
+    assert not y.isnan().any()
+    # sigmoid is 0 where e^-x overflows; a subnormal result has fewer digits.
+    torch.testing.assert_close(y, exact_y, rtol=4 * info.eps, atol=info.tiny)
+    # Twice as steep as the output, and with roundings of its own.
+    torch.testing.assert_close(grad, exact_grad, rtol=0, atol=6 * info.eps)
 
 
 @every_dtype
@@ -429,14 +491,26 @@ def test_relu_at_zero_and_minus_zero_has_value_and_gradient_zero(dtype):
     assert torch.equal(gradient, torch.zeros(4, 1, dtype=dtype))
 
 
-def test_float16_products_beyond_its_range_become_infinite():
+@any_activation
+def test_float16_products_beyond_its_range_act_as_infinite(activation):
     x = torch.full((3, 20), 300.0, dtype=torch.float16)
     weight = torch.full((20, 5), 300.0, dtype=torch.float16)
-    assert torch.equal(functional.linear_act(x, weight), torch.full((3, 5), INF).half())
-    assert torch.equal(
-        functional.linear_act(x, -weight, None, None), torch.full((3, 5), -INF).half()
+    for sign in (1, -1):
+        infinite = torch.full((3, 5), sign * INF, dtype=torch.float16)
+        expected = reference.ACTIVATIONS[activation](infinite) if activation else infinite
+        assert torch.equal(functional.linear_act(x, sign * weight, None, activation), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_activations_keep_denormal_numbers(sign, activation, dtype):
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bias = torch.full((70,), sign * 3 * smallest, dtype=dtype)
+    output = functional.linear_act(
+        ones(7, 0, dtype=dtype), ones(0, 70, dtype=dtype), bias, activation
     )
-    assert torch.equal(functional.linear_act(x, -weight), torch.zeros(3, 5).half())
+    assert torch.equal(output, reference.ACTIVATIONS[activation](bias).expand(7, 70))
 
 
 @every_dtype
@@ -535,7 +609,7 @@ CONVERSIONS = {
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 @pytest.mark.parametrize("converted", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("kind", CONVERSIONS)
 def test_linear_act_of_other_layouts_ends_as_the_formula(kind, converted, activation):
@@ -748,7 +822,7 @@ LOOPS = {
     "that raise": [
         lambda: functional.linear_act(w34, x23),
         lambda: functional.linear_act(x23, [1.0]),
-        lambda: functional.linear_act(x23, w34, None, "tanh"),
+        lambda: functional.linear_act(x23, w34, None, "gelu"),
         lambda: functional.center(x23, 7),
         lambda: functional.center(x23, "dim"),
     ],

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from samples import ACTIVATIONS
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import (
@@ -37,6 +38,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 
+any_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
 ROWS, IN_UNITS, UNITS, BATCH = 4, 3, 2, 5
 SHAPES = {"input": (ROWS, IN_UNITS), "weight": (IN_UNITS, UNITS), "bias": (UNITS,)}
 
@@ -49,14 +52,15 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "linear_act-relu-bias": Form(
-        lambda lib, x, w, b: lib.linear_act(x, w, b), ("input", "weight", "bias")
-    ),
+    **{
+        f"linear_act-{activation}-bias": Form(
+            lambda lib, x, w, b, activation=activation: lib.linear_act(x, w, b, activation),
+            ("input", "weight", "bias"),
+        )
+        for activation in ACTIVATIONS
+    },
     "linear_act-relu": Form(lambda lib, x, w: lib.linear_act(x, w), ("input", "weight")),
-    "linear_act-none-bias": Form(
-        lambda lib, x, w, b: lib.linear_act(x, w, b, None), ("input", "weight", "bias")
-    ),
-    "linear_act-none": Form(
+    "linear_act-None": Form(
         lambda lib, x, w: lib.linear_act(x, w, activation=None), ("input", "weight")
     ),
     "center": Form(lambda lib, x: lib.center(x), ("input",)),
@@ -197,7 +201,7 @@ def batched(names: tuple[str, ...], in_dims: tuple[int | None, ...]) -> tuple[Te
     return tuple(args)
 
 
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_vmap_of_linear_act_over_any_argument(
     in_dims: tuple[int | None, ...], activation: str | None
@@ -258,7 +262,7 @@ def test_nested_vmap(form: Form) -> None:
     both(run)
 
 
-@pytest.mark.parametrize("activation", ["relu", None])
+@any_activation
 def test_vmap_over_the_backward_operator(activation: str | None) -> None:
     """The batch meets no vmap before backward: it reaches linear_act_backward itself."""
     args = arguments(FORMS["linear_act-relu-bias"])
