@@ -35,6 +35,7 @@ if not any(
 from mylayers import functional, reference
 from mylayers._extension import build_info
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
+from mylayers.optimization import Report, optimize, restore
 from mylayers.sequential import FusedSequential
 
 __all__ = [
@@ -42,8 +43,11 @@ __all__ = [
     "FusedSequential",
     "LazyMyLinear",
     "MyLinear",
+    "Report",
     "build_info",
     "functional",
+    "optimize",
     "reference",
+    "restore",
 ]
 __version__ = "0.1.0"

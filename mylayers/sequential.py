@@ -150,6 +150,11 @@ class Chain:
     layers: tuple[_Layer, ...]
     program: str
 
+    @property
+    def saves_calls(self) -> bool:
+        """Whether it does in one call what its children do in several, or ours does faster."""
+        return any(layer.is_linear for layer in self.layers) or "; " in self.program
+
 
 _ACTIVATION_STEPS = ("relu", "tanh", "sigmoid", "elu")
 
@@ -360,9 +365,14 @@ class FusedSequential(nn.Sequential):
             if len(parts) == 1:
                 self._whole = self._parts[0][0]
 
+    def forget_plan(self) -> None:
+        """Drop what the last call has left; the next one plans anew."""
+        for name in _PLAN:
+            self.__dict__.pop(name, None)
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the last plan."""
-        state = self.__dict__.copy()
-        for name in ("_key", "_parts", "_whole"):
-            state.pop(name, None)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in _PLAN}
+
+
+_PLAN = ("_key", "_parts", "_whole")

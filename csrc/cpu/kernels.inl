@@ -390,7 +390,7 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
   } else if constexpr (kActivation == Activation::kSigmoid) {
     return g * (1 - y) * y;
   } else if constexpr (kActivation == Activation::kElu) {
-    return y <= 0 ? g * (y + 1) : g;
+    return y > 0 ? g : g * (y + 1);
   } else {
     return g;
   }
