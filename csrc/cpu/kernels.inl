@@ -715,6 +715,18 @@ void pack(
     for (int64_t r = 0; r < rows; r += L) {
       const int height = static_cast<int>(rows - r < L ? rows - r : L);
       vec<C> square[L];
+      if (in_row == 1 && height == L && c + L <= cols) {  // whole, in one piece without branches
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          square[l] = load(in + r + (c + l) * in_col);
+        }
+        transpose<C>(square);
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          store(out + (r + l) * out_row + c, square[l]);
+        }
+        continue;
+      }
       UNROLL
       for (int l = 0; l < L; ++l) {
         const T* from = in + r * in_row + (c + l) * in_col;
