@@ -139,6 +139,7 @@ struct Chain {
     bool is_linear, has_bias;
   };
   mylayers::Program program;
+  unsigned parent;             // version of the parent's class
   Py_ssize_t first, siblings;  // place of the first child, and how many children there are
   std::vector<Child> children;
 
@@ -147,17 +148,22 @@ struct Chain {
 
 unsigned version(PyObject* cls) { return reinterpret_cast<PyTypeObject*>(cls)->tp_version_tag; }
 
-// (program, first, siblings, children): each child (class, attributes, is linear, has bias), each
-// attribute (name, value).
+unsigned fresh_version(const py::object& cls) {
+  py::getattr(cls, "forward");  // looking an attribute up gives the class its number
+  return version(cls.ptr());
+}
+
+// (program, the parent's class, first, siblings, children): each child (class, attributes, is
+// linear, has bias), each attribute (name, value).
 py::capsule make_chain(
-    const std::string& program, Py_ssize_t first, Py_ssize_t siblings, const py::tuple& children) {
-  auto chain = std::make_unique<Chain>(Chain{mylayers::Program(program), first, siblings, {}});
+    const std::string& program, const py::object& parent, Py_ssize_t first, Py_ssize_t siblings,
+    const py::tuple& children) {
+  auto chain = std::make_unique<Chain>(
+      Chain{mylayers::Program(program), fresh_version(parent), first, siblings, {}});
   for (const py::handle item : children) {
     const auto child = item.cast<py::tuple>();
-    // Looking an attribute up gives the class its number.
-    py::getattr(child[0], "forward");
     Chain::Child made{
-        child[0], version(child[0].ptr()), {}, child[2].cast<bool>(), child[3].cast<bool>()};
+        child[0], fresh_version(child[0]), {}, child[2].cast<bool>(), child[3].cast<bool>()};
     for (const py::handle attribute : child[1]) {
       const auto pair = attribute.cast<py::tuple>();
       made.attributes.emplace_back(pair[0], pair[1]);
@@ -253,15 +259,19 @@ class Held {
   c10::SmallVector<at::Tensor, 16> tensors_;
 };
 
-// The chain's result; NotImplemented where the chain does not fit the children, or something
-// watches calls by their Python name.
-PyObject* run(const Names& names, PyObject* capsule, PyObject* modules, PyObject* input) {
+const Chain* chain_of(PyObject* capsule) {
   const auto* chain = static_cast<Chain*>(PyCapsule_GetPointer(capsule, Chain::kName));
   if (chain == nullptr) {
     throw python_error();
   }
+  return chain;
+}
+
+// The chain's result; NotImplemented where the chain does not fit the children, or something
+// watches calls by their Python name.
+PyObject* run(const Names& names, const Chain* chain, PyObject* modules, PyObject* input) {
   const auto refuse = [] { return Py_NewRef(Py_NotImplemented); };
-  if (!THPVariable_CheckExact(input) || !PyDict_Check(modules) ||
+  if (!THPVariable_CheckExact(input) || !PyDict_CheckExact(modules) ||
       PyDict_GET_SIZE(modules) != chain->siblings || at::impl::torch_function_mode_enabled() ||
       at::tracer::impl::is_dispatch_enabled()) {
     return refuse();
@@ -320,7 +330,7 @@ const Names& names() {
 PyObject* run_chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("run_chain", count, 3);
-  return run(names(), args[0], args[1], args[2]);
+  return run(names(), chain_of(args[0]), args[1], args[2]);
   END_HANDLE_TH_ERRORS
 }
 
@@ -334,10 +344,15 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   PyObject* whole = PyDict_GetItemWithError(own.ptr(), names().whole);
   PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
-  if (whole == nullptr || whole == Py_None || modules == nullptr || !is_plain(names(), own.ptr())) {
+  if (whole == nullptr || modules == nullptr || !is_plain(names(), own.ptr())) {
     return Py_NewRef(Py_NotImplemented);
   }
-  return run(names(), whole, modules, args[1]);
+  const Chain* chain = chain_of(whole);
+  if (chain->parent == 0 ||
+      version(reinterpret_cast<PyObject*>(Py_TYPE(args[0]))) != chain->parent) {
+    return Py_NewRef(Py_NotImplemented);
+  }
+  return run(names(), chain, modules, args[1]);
   END_HANDLE_TH_ERRORS
 }
 

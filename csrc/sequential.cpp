@@ -10,12 +10,17 @@
 namespace mylayers {
 namespace {
 
-// The text up to `separator`, which is taken off as well, or all of it.
-std::string_view take_until(std::string_view& text, std::string_view separator) {
-  const size_t at = text.find(separator);
-  const std::string_view part = text.substr(0, at);
-  text = at == std::string_view::npos ? std::string_view() : text.substr(at + separator.size());
-  return part;
+// The parts between separators; one more than there are separators.
+std::vector<std::string_view> split(std::string_view text, std::string_view separator) {
+  std::vector<std::string_view> parts;
+  for (;;) {
+    const size_t at = text.find(separator);
+    parts.push_back(text.substr(0, at));
+    if (at == std::string_view::npos) {
+      return parts;
+    }
+    text = text.substr(at + separator.size());
+  }
 }
 
 [[noreturn]] void refuse_step(std::string_view step, std::string_view program) {
@@ -38,69 +43,61 @@ std::optional<Activation> activation_named(std::string_view name) {
 }
 
 Step parse_step(const std::string_view step, std::string_view program) {
-  std::string_view rest = step;
   if (const auto activation = activation_named(step)) {
     return {Step::Kind::kActivation, *activation};
   }
-  if (step.substr(0, 6) == "linear") {
-    const std::string_view name = take_until(rest, "+");
-    Step parsed{Step::Kind::kLinear};
-    parsed.transposed = name == "linear_t";
-    if (!parsed.transposed && name != "linear") {
-      refuse_step(step, program);
-    }
-    std::string_view part = take_until(rest, "+");
-    parsed.has_bias = part == "bias";
-    if (parsed.has_bias) {
-      part = take_until(rest, "+");
-    }
-    if (!part.empty()) {
-      const auto activation = activation_named(part);
+  const auto parts = split(step, "+");
+  if (parts[0] == "linear" || parts[0] == "linear_t") {
+    Step linear{Step::Kind::kLinear};
+    linear.transposed = parts[0] == "linear_t";
+    size_t part = 1;
+    linear.has_bias = part < parts.size() && parts[part] == "bias";
+    part += linear.has_bias;
+    if (part < parts.size()) {
+      const auto activation = activation_named(parts[part++]);
       if (!activation.has_value()) {
         refuse_step(step, program);
       }
-      parsed.activation = *activation;
+      linear.activation = *activation;
     }
-    if (!rest.empty()) {
+    if (part != parts.size()) {
       refuse_step(step, program);
     }
-    return parsed;
+    return linear;
   }
-  const std::string_view name = take_until(rest, "(");
-  Step parsed{name == "center" ? Step::Kind::kCenter : Step::Kind::kFlatten};
+  const std::string_view name = step.substr(0, step.find('('));
   if (name != "center" && name != "flatten") {
     refuse_step(step, program);
   }
+  Step other{name == "center" ? Step::Kind::kCenter : Step::Kind::kFlatten};
   if (name.size() < step.size()) {
-    std::string_view list = take_until(rest, ")");
-    if (!rest.empty() || step.back() != ')') {
+    if (step.back() != ')') {
       refuse_step(step, program);
     }
-    do {
-      const std::string_view number = take_until(list, ",");
+    for (const auto number :
+         split(step.substr(name.size() + 1, step.size() - name.size() - 2), ",")) {
       int64_t dim = 0;
       const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), dim);
       if (error != std::errc() || end != number.data() + number.size()) {
         refuse_step(step, program);
       }
-      parsed.dims.push_back(dim);
-    } while (!list.empty());
+      other.dims.push_back(dim);
+    }
   }
-  if (name == "flatten" && parsed.dims.size() != 2) {
+  if (name == "flatten" && other.dims.size() != 2) {
     refuse_step(step, program);
   }
-  return parsed;
+  return other;
 }
 
 }  // namespace
 
 Program::Program(std::string_view given) : text(given) {
-  std::string_view rest = text;
-  do {
-    steps.push_back(parse_step(take_until(rest, "; "), text));
+  for (const auto step : split(text, "; ")) {
+    steps.push_back(parse_step(step, text));
     outputs += steps.back().computes();
     parameters += steps.back().parameters();
-  } while (!rest.empty());
+  }
   TORCH_CHECK_VALUE(
       steps.back().computes(),
       "sequential: program must not end in a flatten, which computes nothing; got \"", text, "\"");
@@ -151,7 +148,10 @@ Reads::Reads(const Program& program, const GradientsAskedFor& asked)
 std::vector<at::Tensor> tensors(const OptionalTensorList& list) {
   std::vector<at::Tensor> given(list.size());
   for (const auto i : c10::irange(list.size())) {
-    given[i] = list.get(i).value_or(at::Tensor());
+    const OptionalTensor t = list.get(i);
+    if (t.has_value() && t->defined()) {
+      given[i] = t->resolve_neg();  // the dispatcher does so for every list but these
+    }
   }
   return given;
 }

@@ -9,6 +9,7 @@ def linear_act(
 def center(input: Tensor, dim: int | Sequence[int] | None, /) -> Tensor: ...
 def make_chain(
     program: str,
+    parent: type,
     first: int,
     siblings: int,
     children: tuple[tuple[type, tuple[tuple[str, Any], ...], bool, bool], ...],

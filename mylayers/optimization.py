@@ -1,5 +1,6 @@
 """Fusing a model's networks in place, and back: :func:`optimize` and :func:`restore`."""
 
+import copyreg
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,13 @@ class _Rewritten(FusedSequential):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the original's name, as a class made here has none to be found by."""
-        return _empty, (self._original,), self.__getstate__()
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple):
+            return reduced
+        how, arguments, *rest = reduced
+        if how is copyreg.__newobj__:  # type: ignore[attr-defined]
+            how, arguments = _empty, (self._original,)
+        return (self._original if how is type(self) else how), arguments, *rest
 
 
 def _empty(original: type[nn.Sequential]) -> nn.Module:
@@ -96,8 +103,9 @@ def _class_names(modules: list[nn.Module]) -> str:
 
 def _refusal(sequence: nn.Sequential) -> str:
     cls = type(sequence)
-    if cls.forward is not nn.Sequential.forward or cls.__call__ is not nn.Module.__call__:
-        return f"{cls.__name__} overrides Sequential.forward"
+    for name in ("forward", "__call__", "__iter__"):
+        if getattr(cls, name) is not getattr(nn.Sequential, name):
+            return f"{cls.__name__} overrides Sequential.{name}"
     if "forward" in sequence.__dict__:
         return "its forward was replaced"
     return ""

@@ -83,8 +83,10 @@ def _elu(layer: nn.ELU) -> _Layer | Unfused:
     return _Layer("elu", (("alpha", layer.alpha), ("inplace", layer.inplace)))
 
 
-def _centered(layer: CenteredLayer) -> _Layer:
+def _centered(layer: CenteredLayer) -> _Layer | Unfused:
     dims = (layer.dim,) if isinstance(layer.dim, int) else layer.dim
+    if dims is not None and not (type(dims) is tuple and all(type(d) is int for d in dims)):
+        return Unfused("its dim is neither None nor an int nor a tuple of them")
     step = f"center({','.join(map(str, dims))})" if dims else "center"
     return _Layer(step, (("dim", layer.dim),))
 
@@ -114,14 +116,22 @@ _RULES: dict[type[nn.Module], Callable[[Any], _Layer | Unfused]] = {
 }
 
 
+# As they were when this was imported: whoever replaces one, in a class or in PyTorch's own, means
+# it to be called.
+_FORWARDS = {cls: cls.forward for cls in _RULES}
+_CALL = nn.Module.__call__
+
+
 def _layer(child: nn.Module) -> _Layer | Unfused:
     cls = type(child)
     base = next((base for base in cls.__mro__ if base in _RULES), None)
     if base is None:
         return Unfused(f"{cls.__name__} has no fused kernel", lasting=True)
-    if cls.forward is not base.forward or cls.__call__ is not nn.Module.__call__:
-        return Unfused(f"{cls.__name__} overrides {base.__name__}.forward", lasting=True)
+    if cls.forward is not _FORWARDS[base] or cls.__call__ is not _CALL:
+        return Unfused(f"{cls.__name__} overrides {base.__name__}.forward")
     own = child.__dict__
+    if isinstance(child._parameters.get("weight"), UninitializedParameter):
+        return Unfused("its sizes are not known yet")
     if "forward" in own or own.get("_compiled_call_impl") is not None:
         return Unfused("its forward was replaced")
     if any(own[hooks] for hooks in _HOOKS):
@@ -131,8 +141,6 @@ def _layer(child: nn.Module) -> _Layer | Unfused:
         weight = child._parameters.get("weight")
         if weight is None or "bias" not in child._parameters:
             return Unfused("its weight or bias is computed, not a parameter")
-        if isinstance(weight, UninitializedParameter):
-            return Unfused("its sizes are not known yet")
     return layer
 
 
@@ -214,14 +222,16 @@ def plan(children: Iterable[nn.Module]) -> list[Chain | Unfused]:
     return parts
 
 
-def _prepared(chain: Chain, children: list[nn.Module]) -> object:
+def _made(parent: nn.Module, chain: Chain, children: list[nn.Module]) -> object:
     """The chain as the extension compares it with the children."""
     patterns = []
     for place, layer in zip(chain.children, chain.layers, strict=True):
         child = children[place]
         has_bias = layer.is_linear and child._parameters["bias"] is not None
         patterns.append((type(child), layer.attributes, layer.is_linear, has_bias))
-    return _C.make_chain(chain.program, chain.children.start, len(children), tuple(patterns))
+    return _C.make_chain(
+        chain.program, type(parent), chain.children.start, len(children), tuple(patterns)
+    )
 
 
 def _is_foreign(value: object) -> bool:
@@ -254,8 +264,9 @@ def _run_chain(children: list[nn.Module], program: str, x: Tensor) -> Tensor:
         if isinstance(child, nn.Linear | MyLinear):
             weight, bias = child._parameters["weight"], child._parameters["bias"]
             parameters += [p for p in (weight, bias) if p is not None]
-    if _is_foreign(x) or any(map(_is_foreign, parameters)):
-        return _one_by_one(children, x)
+    for tensor in (x, *parameters):
+        if _is_foreign(tensor):
+            return _one_by_one(children, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"FusedSequential: input must be a torch.Tensor; got {type(x).__name__}")
     return torch.ops.mylayers.sequential(x, parameters, program)  # type: ignore[no-any-return]
@@ -313,11 +324,10 @@ class FusedSequential(nn.Sequential):
         True
     """
 
-    # The last plan, which is no part of the state: what it was made for, its parts (a chain, or
-    # None for a child that runs by itself, and the place after it), and the chain that is all.
-    _key: tuple[object, ...] | None = None
-    _parts: tuple[tuple[object, int], ...] = ()
-    _whole: object = None
+    # The last plan, which is no part of the state: what it was made for and its parts (a chain, or
+    # None for a child that runs by itself, and the place after it); and the chain that is all.
+    _prepared: tuple[tuple[object, ...], tuple[tuple[object, int], ...]] | None
+    _whole: object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; the extension goes straight to the chain where that comes to the same.
@@ -335,13 +345,16 @@ class FusedSequential(nn.Sequential):
         children = list(self)
         if _is_compiling():
             return _run(children, input)
+        if type(self).__iter__ is not nn.Sequential.__iter__ or type(self._modules) is not dict:
+            return _run(children, input)  # in an order of its own
         key = (self.training, *map(type, children))
-        if self._whole is not None or self._key != key:
-            self._prepare(children, key)
-        if self._key is None:
+        prepared = self.__dict__.get("_prepared")  # one object, as other threads may plan anew
+        if prepared is None or prepared[0] != key or "_whole" in self.__dict__:
+            prepared = self._prepare(children, key)
+        if prepared is None:
             return _run(children, input)
         x, place = input, 0
-        for chain, stop in self._parts:
+        for chain, stop in prepared[1]:
             if chain is None:
                 x = children[place](x)
             else:
@@ -350,20 +363,27 @@ class FusedSequential(nn.Sequential):
             place = stop
         return x
 
-    def _prepare(self, children: list[nn.Module], key: tuple[object, ...]) -> None:
+    def _prepare(self, children: list[nn.Module], key: tuple[object, ...]) -> Any:
+        self.forget_plan()
         parts = plan(children)
-        self._key, self._parts, self._whole = None, (), None
-        if all(isinstance(part, Chain) or part.lasting for part in parts):
-            stops = itertools.accumulate(
-                len(part.children) if isinstance(part, Chain) else 1 for part in parts
-            )
-            self._key = key
-            self._parts = tuple(
-                (_prepared(part, children) if isinstance(part, Chain) else None, stop)
-                for part, stop in zip(parts, stops, strict=True)
-            )
-            if len(parts) == 1:
-                self._whole = self._parts[0][0]
+        if not all(isinstance(part, Chain) or part.lasting for part in parts):
+            return None
+        chains = [
+            _made(self, part, children) if isinstance(part, Chain) else None for part in parts
+        ]
+        sizes = (len(part.children) if isinstance(part, Chain) else 1 for part in parts)
+        prepared = key, tuple(zip(chains, itertools.accumulate(sizes), strict=True))
+        self._prepared = prepared
+        cls = type(self)
+        by_default = cls.forward is FusedSequential.forward and nn.Module.__call__ is _CALL
+        if (
+            len(chains) == 1
+            and chains[0]
+            and by_default
+            and cls.__call__ is FusedSequential.__call__
+        ):
+            self._whole = chains[0]
+        return prepared
 
     def forget_plan(self) -> None:
         """Drop what the last call has left; the next one plans anew."""
@@ -372,7 +392,8 @@ class FusedSequential(nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the last plan."""
-        return {name: value for name, value in self.__dict__.items() if name not in _PLAN}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name not in _PLAN}
 
 
-_PLAN = ("_key", "_parts", "_whole")
+_PLAN = ("_prepared", "_whole")

@@ -112,9 +112,9 @@ std::vector<at::Tensor> sequential_backward_by(
     if (step.computes()) {
       const at::Tensor& arrives = grad_outputs[--output];
       grad = !grad.defined() ? arrives : arrives.defined() ? grad + arrives : grad;
-      if (!grad.defined()) {
-        continue;  // the gradients begin at an earlier output
-      }
+    }
+    if (!grad.defined()) {
+      continue;  // the gradients begin at an earlier output
     }
     const bool before = std::find(asked.begin(), asked.begin() + 1 + parameter, true) !=
                         asked.begin() + 1 + parameter;
