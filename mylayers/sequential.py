@@ -127,7 +127,9 @@ def _layer(child: nn.Module) -> _Layer | Unfused:
     base = next((base for base in cls.__mro__ if base in _RULES), None)
     if base is None:
         return Unfused(f"{cls.__name__} has no fused kernel", lasting=True)
-    if cls.forward is not _FORWARDS[base] or cls.__call__ is not _CALL:
+    # torch.export replaces nn.Module.__call__ itself, to follow calls.
+    call = nn.Module.__call__ if _is_compiling() else _CALL
+    if cls.forward is not _FORWARDS[base] or cls.__call__ is not call:
         return Unfused(f"{cls.__name__} overrides {base.__name__}.forward")
     own = child.__dict__
     if isinstance(child._parameters.get("weight"), UninitializedParameter):
