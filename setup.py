@@ -1,4 +1,8 @@
-"""Builds ``mylayers._C``; everything that needs no code stands in pyproject.toml."""
+"""Builds the compiled half; everything that needs no code stands in pyproject.toml.
+
+That is two libraries: ``libmylayers.so`` holds the operators and needs no Python, so that C++
+programs may link it too; ``mylayers._C`` is what Python needs beside it, and is linked to it.
+"""
 
 import os
 import shlex
@@ -79,6 +83,9 @@ def compiler_flags() -> list[str]:
     return ["-fopenmp", "-Wno-maybe-uninitialized"]
 
 
+OPERATORS = "mylayers.libmylayers"
+
+
 class Build(BuildExtension):
     """Checks for the tools first, and leaves a note of the torch that it built for.
 
@@ -92,6 +99,16 @@ class Build(BuildExtension):
         super().run()
         self._leave_note(Path(self.build_lib, "mylayers"))
 
+    def get_ext_filename(self, name: str) -> str:
+        if name.endswith("libmylayers"):  # not a module of Python, whose version others tell
+            return os.path.join(*name.split(".")) + ".so"
+        return super().get_ext_filename(name)
+
+    def build_extension(self, ext: CppExtension) -> None:
+        # Where libmylayers.so lies by the time that _C is linked to it.
+        ext.library_dirs.append(os.path.join(self.build_lib, "mylayers"))
+        super().build_extension(ext)
+
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         self._leave_note(Path("mylayers"))
@@ -101,27 +118,43 @@ class Build(BuildExtension):
         Path(folder, "_built_for.py").write_text(f'TORCH = "{torch.__version__}"\n')
 
 
-extension = CppExtension(
-    "mylayers._C",
-    sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
-    depends=sorted(
-        str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern)
-    ),
-    define_macros=[("MYLAYERS_TORCH_VERSION", f'"{torch.__version__}"')],
-    extra_compile_args=[
-        "-std=c++20",
-        "-O3",
-        "-g0",
-        "-fvisibility=hidden",
-        "-Wall",
-        # 64-byte vectors never cross a function that is not inlined.
-        "-Wno-psabi",
-        *compiler_flags(),
-    ],
+def extension(name: str, sources: list[Path], **options: list[str]) -> CppExtension:
+    return CppExtension(
+        name,
+        sorted(map(str, sources)),
+        depends=sorted(
+            str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern)
+        ),
+        define_macros=[("MYLAYERS_TORCH_VERSION", f'"{torch.__version__}"')],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-Wall",
+            # 64-byte vectors never cross a function that is not inlined.
+            "-Wno-psabi",
+            *compiler_flags(),
+        ],
+        **options,
+    )
+
+
+BINDINGS = Path("csrc/bindings.cpp")  # alone in needing Python
+operators = extension(
+    OPERATORS,
+    [path for path in Path("csrc").rglob("*.cpp") if path != BINDINGS],
+    # By this name a process knows that it has the library, wherever a second copy lies:
+    # operators can be registered only once.
+    extra_link_args=["-Wl,-soname,libmylayers.so"],
+)
+operators.libraries.remove("torch_python")
+bindings = extension(
+    "mylayers._C", [BINDINGS], libraries=["mylayers"], runtime_library_dirs=["$ORIGIN"]
 )
 
 setup(
-    ext_modules=[extension],
+    ext_modules=[operators, bindings],  # in the order of linking
     cmdclass={"build_ext": Build},
     install_requires=[f"torch=={series[0]}.{series[1]}.*"],
 )

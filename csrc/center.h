@@ -6,6 +6,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/OptionalArrayRef.h>
 
+#include "export.h"
+
 namespace mylayers {
 
 // The dimensions of the mean, wrapped to 0..rank-1, sorted; all of them for none or an
@@ -13,7 +15,7 @@ namespace mylayers {
 c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIntArrayRef dim);
 
 // Through the dispatcher, or straight to the CPU kernel where that comes to the same.
-at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim);
+MYLAYERS_API at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim);
 
 // The ATen formula.
 at::Tensor center_formula(const at::Tensor& input, at::OptionalIntArrayRef dim);

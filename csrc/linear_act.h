@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "activation.h"
+#include "export.h"
 
 namespace mylayers {
 
@@ -34,7 +35,7 @@ void check_linear_act_backward(
     bool transposed = false);
 
 // Through the dispatcher, or straight to the CPU kernel where that comes to the same.
-at::Tensor linear_act(
+MYLAYERS_API at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     ActivationName activation);
 // The gradients that the mask asks for, the others undefined. Only the weight's gradient

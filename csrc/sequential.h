@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "export.h"
 #include "linear_act.h"
 
 namespace mylayers {
@@ -37,7 +38,7 @@ struct Step {
   size_t parameters() const { return kind == Kind::kLinear ? 1 + has_bias : 0; }
 };
 
-struct Program {
+struct MYLAYERS_API Program {
   explicit Program(std::string_view text);  // ValueError for what the grammar lacks
 
   void check_parameters(at::TensorList given) const;
@@ -59,7 +60,8 @@ struct Reads {
 };
 
 // Through the dispatcher, or straight to the CPU kernel where that comes to the same.
-at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program);
+MYLAYERS_API at::Tensor sequential(
+    const at::Tensor& input, at::TensorList parameters, const Program& program);
 // The output of every computing step; the last is the chain's.
 std::vector<at::Tensor> sequential_outputs(
     const at::Tensor& input, at::TensorList parameters, const Program& program);

@@ -32,8 +32,8 @@ if not any(
         )
     __path__[:] = _spec.submodule_search_locations
 
-from mylayers import functional, reference
-from mylayers._extension import build_info
+from mylayers import functional, onnx, reference
+from mylayers._extension import build_info, cmake_prefix_path
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
 from mylayers.optimization import Report, optimize, restore
 from mylayers.sequential import FusedSequential
@@ -45,7 +45,9 @@ __all__ = [
     "MyLinear",
     "Report",
     "build_info",
+    "cmake_prefix_path",
     "functional",
+    "onnx",
     "optimize",
     "reference",
     "restore",

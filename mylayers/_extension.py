@@ -22,7 +22,7 @@ if _series(torch.__version__) != _series(_BUILT_FOR):
 
 from mylayers import _C  # noqa: E402  (only once the versions are known to agree)
 
-__all__ = ["_C", "build_info"]
+__all__ = ["_C", "build_info", "cmake_prefix_path"]
 
 
 def build_info() -> dict[str, Any]:
@@ -47,3 +47,21 @@ def build_info() -> dict[str, Any]:
         ['bfloat16_units', 'compiler', 'cplusplus', 'cuda']
     """
     return {**_C.build_info(), "file": os.path.abspath(_C.__file__)}
+
+
+def cmake_prefix_path() -> str:
+    """Where CMake's ``find_package(mylayers)`` looks, beside ``torch.utils.cmake_prefix_path``.
+
+    Its target ``mylayers::mylayers`` is ``libmylayers.so``, the operators without Python, and
+    libtorch; docs/deploy.md has a program that uses it.
+
+    Returns:
+        An absolute path, for ``CMAKE_PREFIX_PATH``.
+
+    Example:
+        >>> import os
+        >>> import mylayers
+        >>> os.listdir(mylayers.cmake_prefix_path())
+        ['mylayersConfig.cmake']
+    """
+    return os.path.join(os.path.dirname(os.path.abspath(_C.__file__)), "cmake")

@@ -1,6 +1,7 @@
 // Matrix products on the CPU, threads included.
 #pragma once
 
+#include "../export.h"
 #include "kernels.h"
 
 namespace mylayers::cpu {
@@ -17,7 +18,7 @@ struct Matrix {
 
 // Whether bfloat16 products run on the processor's 16-bit matrix units (AVX512-BF16, AMX). The
 // units treat subnormal bfloat16 values as zero, in PyTorch's own products as well.
-bool has_bf16_units();
+MYLAYERS_API bool has_bf16_units();
 
 // c (m, n) contiguous = act(a (m, k) @ b (k, n) + bias (n) or nothing), accumulated in
 // acc_t<T>, rounded once. A row of c depends on its row of a, on b and on bias alone, to

@@ -4,10 +4,12 @@
 
 #include <cstddef>
 
+#include "../export.h"
+
 namespace mylayers::cpu {
 
 // Whether huge pages are asked for: on Linux, unless MYLAYERS_HUGE_PAGES=0 (read once).
-bool wants_huge_pages();
+MYLAYERS_API bool wants_huge_pages();
 
 // Before the first touch of fresh memory: the kernel may back by huge pages what of it they can
 // fill. Does nothing for less memory than surely holds one, and to memory already touched.

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "../export.h"
 
 namespace mylayers::cpu {
 
@@ -161,7 +162,7 @@ inline const StorageKernels<bfloat16_t>& Kernels::storage<bfloat16_t>() const {
 }
 
 // The table for this processor, chosen at first use.
-const Kernels& kernels();
+MYLAYERS_API const Kernels& kernels();
 
 // One per source file; the x86 ones exist on x86 only.
 const Kernels& generic_kernels();
