@@ -4,6 +4,7 @@ The oracle is autograd through ``mylayers.reference``; ``lib`` stands for it or 
 ``mylayers.functional``.
 """
 
+import copy
 import gc
 import itertools
 import threading
@@ -143,6 +144,7 @@ def test_gradcheck_of_linear_act(sample: samples.Sample) -> None:
     first_order(functional.linear_act, sample, check_batched_forward_grad=batched_tangents)
 
 
+@pytest.mark.road("double backward")
 @uses_forward_mode
 @linear_act_sample
 def test_gradgradcheck_of_linear_act(sample: samples.Sample) -> None:
@@ -155,12 +157,14 @@ def test_gradcheck_of_center(sample: samples.Sample) -> None:
     first_order(functional.center, sample, check_batched_forward_grad=True)
 
 
+@pytest.mark.road("double backward")
 @uses_forward_mode
 @center_sample
 def test_gradgradcheck_of_center(sample: samples.Sample) -> None:
     second_order(functional.center, sample)
 
 
+@pytest.mark.road("double backward")
 @any_activation
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 def test_gradients_of_three_orders_equal_those_of_the_formula(
@@ -175,6 +179,7 @@ def test_gradients_of_three_orders_equal_those_of_the_formula(
         assert_close(actual, expected, terms=TERMS**2)
 
 
+@pytest.mark.road("double backward")
 @pytest.mark.parametrize("dim", [None, 0, 1], ids=str)
 def test_center_gradients_of_three_orders_equal_those_of_the_formula(dim: int | None) -> None:
     def run(lib: Any) -> list[list[Tensor]]:
@@ -658,6 +663,7 @@ def net() -> nn.Sequential:
     ).double()
 
 
+@pytest.mark.road("gradient checkpointing")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_recomputes_and_gives_the_same_bits(
     net: nn.Sequential, use_reentrant: bool
@@ -677,6 +683,7 @@ def test_activation_checkpointing_recomputes_and_gives_the_same_bits(
     assert_same_bits([t.grad for t in tensors], expected)
 
 
+@pytest.mark.road("gradient checkpointing")
 def test_selective_checkpointing_can_keep_the_operators_results(net: nn.Sequential) -> None:
     x = draw(ROWS, IN_UNITS).requires_grad_()
     expected = torch.autograd.grad(cube(net(x).sin()), tuple(net.parameters()))
@@ -762,6 +769,7 @@ def test_eight_threads_accumulate_into_one_grad() -> None:
 # ---- autocast --------------------------------------------------------------------------
 
 
+@pytest.mark.road("autocast")
 @any_activation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gradients_come_in_the_parameters_dtype(
@@ -790,6 +798,7 @@ def test_autocast_gradients_come_in_the_parameters_dtype(
         samples.assert_within(a.detach(), e.detach(), tolerance)
 
 
+@pytest.mark.road("autocast")
 def test_autocast_leaves_center_in_its_dtype() -> None:
     x = arguments()[0].detach().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -798,3 +807,37 @@ def test_autocast_leaves_center_in_its_dtype() -> None:
     assert y.dtype == grad.dtype == torch.float32
     y_plain = functional.center(x)
     assert_same_bits([y, grad], [y_plain, *torch.autograd.grad(y_plain.square().sum(), x)])
+
+
+def optimised(net: nn.Module, x: Tensor, dtype: torch.dtype, scaler: torch.amp.GradScaler) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = net(x).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.road("gradient scaling")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scaled_step_equals_an_unscaled_one(net: nn.Sequential, dtype: torch.dtype) -> None:
+    net, x = net.float(), draw(ROWS, IN_UNITS).float()
+    before, plain = copy.deepcopy(net), copy.deepcopy(net)
+    optimised(plain, x, dtype, torch.amp.GradScaler("cpu", enabled=False))
+    optimised(net, x, dtype, torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    for scaled, unscaled, start in zip(
+        net.parameters(), plain.parameters(), before.parameters(), strict=True
+    ):
+        assert not torch.equal(scaled, start)
+        # A power of two moves no bit but of float16's subnormal numbers.
+        torch.testing.assert_close(scaled, unscaled, rtol=0, atol=torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.road("gradient scaling")
+def test_a_step_whose_gradients_overflow_is_left_out(net: nn.Sequential) -> None:
+    net, x = net.float(), draw(ROWS, IN_UNITS).float()
+    before = copy.deepcopy(net.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    optimised(net, x, torch.float16, scaler)
+    assert scaler.get_scale() == 2.0**29
+    assert_same_bits(net.state_dict().values(), before.values())

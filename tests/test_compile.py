@@ -151,6 +151,7 @@ def test_opcheck_of_complex_center() -> None:
 # ---- shapes without values -------------------------------------------------------------
 
 
+@pytest.mark.road("meta device")
 @pytest.mark.parametrize("device", ["meta", "fake"])
 @pytest.mark.parametrize("make", [samples.linear_act_samples, samples.center_samples])
 def test_meta_and_fake_results_look_like_the_real_ones(
@@ -170,6 +171,7 @@ def test_meta_and_fake_results_look_like_the_real_ones(
         assert shape_only.dtype == real.dtype, sample
 
 
+@pytest.mark.road("meta device")
 def test_fake_tensors_carry_backward() -> None:
     with FakeTensorMode():
         net = layers()
@@ -187,6 +189,7 @@ def test_fake_tensors_are_refused_as_real_ones_are() -> None:
             functional.center(torch.empty(2, 4), 2)
 
 
+@pytest.mark.road("meta device")
 def test_symbolic_sizes_stay_symbolic() -> None:
     def both(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.center(functional.linear_act(x, weight, bias), 0)
@@ -202,6 +205,7 @@ def test_symbolic_sizes_stay_symbolic() -> None:
     assert all(r.lower <= 2 and r.upper > 2**31 for r in sizes.values()), sizes
 
 
+@pytest.mark.road("torch.compile, dynamic shapes")
 def test_unbacked_sizes_are_checked_at_run_time() -> None:
     """A size that is data (``x.nonzero()``) passes the meta kernels without a guard."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -234,6 +238,7 @@ def step(net: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[
     return [y.detach(), *torch.autograd.grad(y.pow(3).sum(), (x, *module.parameters()))]
 
 
+@pytest.mark.road("torch.compile")
 @any_activation
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile_without_a_graph_break_forward_and_backward(
@@ -244,6 +249,7 @@ def test_compile_without_a_graph_break_forward_and_backward(
     assert_close(step(compiled, module, x), step(module, module, x))
 
 
+@pytest.mark.road("torch.compile")
 @pytest.mark.parametrize("sample_of", ["linear_act", "center"])
 def test_compiled_function_on_every_layout_has_the_bits_of_eager(sample_of: str) -> None:
     make = getattr(samples, f"{sample_of}_samples")
@@ -256,6 +262,7 @@ def test_compiled_function_on_every_layout_has_the_bits_of_eager(sample_of: str)
         assert_same_bits(compiled(*sample.args), operator(*sample.args, **sample.kwargs))
 
 
+@pytest.mark.road("torch.compile, dynamic shapes")
 def test_dynamic_batch_compiles_once() -> None:
     module = layers()
     counter = CompileCounterWithBackend("aot_eager")
@@ -267,6 +274,7 @@ def test_dynamic_batch_compiles_once() -> None:
         assert counter.frame_count == 1
 
 
+@pytest.mark.road("torch.compile, dynamic shapes")
 def test_marked_dynamic_batch_compiles_once_with_inductor() -> None:
     module = layers()
     compiled = torch.compile(module, fullgraph=True)
@@ -282,6 +290,7 @@ def test_marked_dynamic_batch_compiles_once_with_inductor() -> None:
             assert_close(actual, expected, terms=64 * rows)
 
 
+@pytest.mark.road("torch.compile, dynamic shapes")
 def test_automatic_dynamic_shapes_compile_twice() -> None:
     module = layers()
     counter = CompileCounterWithBackend("aot_eager")
@@ -291,6 +300,7 @@ def test_automatic_dynamic_shapes_compile_twice() -> None:
     assert counter.frame_count == 2  # once for 4 rows, once for any number
 
 
+@pytest.mark.road("torch.compile")
 def test_parameters_may_change_without_recompiling() -> None:
     module, x = layers(), torch.randn(4, IN_UNITS)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -303,6 +313,7 @@ def test_parameters_may_change_without_recompiling() -> None:
     assert_same_bits(after, module(x))
 
 
+@pytest.mark.road("torch.compile")
 def test_compile_records_the_operators_and_not_their_formula() -> None:
     graphs: list[torch.fx.GraphModule] = []
 
@@ -328,6 +339,7 @@ def test_compile_records_the_operators_and_not_their_formula() -> None:
     assert backward == ["mylayers.center.default", "mylayers.linear_act_backward.default"]
 
 
+@pytest.mark.road("torch.compile")
 def test_compiled_code_gives_frozen_parameters_no_gradient() -> None:
     module, x = layers(), torch.randn(4, IN_UNITS)
     module[0].requires_grad_(False)
@@ -337,6 +349,7 @@ def test_compiled_code_gives_frozen_parameters_no_gradient() -> None:
     assert module[3].weight.grad is not None
 
 
+@pytest.mark.road("torch.compile")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compile_in_modes_without_gradients(mode: Callable[[], Any]) -> None:
     module, x = layers(), torch.randn(4, IN_UNITS)
@@ -346,6 +359,7 @@ def test_compile_in_modes_without_gradients(mode: Callable[[], Any]) -> None:
     assert not y.requires_grad
 
 
+@pytest.mark.road("autocast")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compile_with_autocast_inside(dtype: torch.dtype) -> None:
     # Two layers of ours alone: stock layers may round elsewhere when compiled.
@@ -363,6 +377,7 @@ def test_compile_with_autocast_inside(dtype: torch.dtype) -> None:
     assert [t.dtype for t in actual] == [dtype, *[torch.float32] * 5]
 
 
+@pytest.mark.road("autocast")
 def test_compile_under_autocast() -> None:
     module, x = MyLinear(IN_UNITS, UNITS), torch.randn(4, IN_UNITS)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -384,6 +399,7 @@ def test_compiled_lazy_layer_works_once_it_knows_its_sizes() -> None:
     assert_same_bits(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
 
 
+@pytest.mark.road("functorch")
 def test_compiled_transforms() -> None:
     """Dynamo traces torch.func through the operators."""
     weight, bias = torch.randn(IN_UNITS, UNITS), torch.randn(UNITS)
@@ -403,6 +419,7 @@ reads_grad = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.road("compiled autograd")
 @reads_grad
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_autograd(backend: str) -> None:
@@ -420,6 +437,7 @@ def test_compiled_autograd(backend: str) -> None:
     assert counters["compiled_autograd"]["captures"] == 1  # the second backward reuses it
 
 
+@pytest.mark.road("compiled autograd")
 @reads_grad
 def test_compiled_autograd_of_a_compiled_step() -> None:
     module, x = layers(), torch.randn(4, IN_UNITS)
@@ -440,6 +458,7 @@ def test_compiled_autograd_of_a_compiled_step() -> None:
 # ---- torch.export, make_fx, torch.jit.trace --------------------------------------------
 
 
+@pytest.mark.road("torch.export")
 @any_activation
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 def test_exported_program_takes_any_batch_and_survives_a_file(
@@ -461,6 +480,7 @@ def test_exported_program_takes_any_batch_and_survives_a_file(
 
 
 # torch.export's own use of its pytree module.
+@pytest.mark.road("torch.export")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_exported_program_decomposes_to_the_operators() -> None:
     module = layers().eval()
@@ -492,6 +512,7 @@ def test_make_fx_records_forward_and_backward(tracing_mode: str) -> None:
 
 
 # torch.jit is deprecated as a whole and says so at every call.
+@pytest.mark.road("torch.jit.trace")
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning")
 def test_jit_trace_records_the_operators(tmp_path: Path) -> None:
     module = layers().eval()
@@ -505,6 +526,7 @@ def test_jit_trace_records_the_operators(tmp_path: Path) -> None:
     assert_same_bits(loaded(x), module(x))
 
 
+@pytest.mark.road("state_dict and pickle")
 def test_compiled_module_is_copied_and_saved_like_a_plain_one() -> None:
     module, x = layers(), torch.randn(4, IN_UNITS)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -152,6 +152,19 @@ def test_the_library_needs_no_python() -> None:
     assert not [name for name in undefined if name.startswith(("Py", "_Py", "_ZN8pybind11"))]
 
 
+@pytest.mark.road("CUDA-free build")
+@pytest.mark.skipif(mylayers.build_info()["cuda"] is not None, reason="built for CUDA")
+@pytest.mark.parametrize("library", [LIBRARY, mylayers.build_info()["file"]], ids=["ops", "_C"])
+def test_a_build_without_cuda_needs_none_of_its_libraries(library: Path | str) -> None:
+    needed = [
+        line
+        for line in run("readelf", "--dynamic", library).stdout.splitlines()
+        if "NEEDED" in line
+    ]
+    assert any("libc10.so" in line for line in needed)
+    assert not [line for line in needed if "cu" in line or "nv" in line or "hip" in line]
+
+
 @pytest.mark.parametrize("place", ["installed", "copied"])
 def test_operators_loaded_before_the_package_are_registered_once(
     place: str, tmp_path: Path

@@ -552,6 +552,7 @@ def test_the_threads_denormal_mode_is_left_as_found(mode):
 # ---- types and devices -----------------------------------------------------------------
 
 
+@pytest.mark.road("autocast")
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def test_autocast_computes_in_its_dtype_with_gradients_in_the_parameters(low):
     x, weight, bias = (t.requires_grad_() for t in arguments("linear_act"))
@@ -573,6 +574,7 @@ def test_autocast_computes_in_its_dtype_with_gradients_in_the_parameters(low):
         assert torch.equal(argument.grad, same.grad.float())
 
 
+@pytest.mark.road("autocast")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_center_has_the_formulas_dtype_under_autocast(dtype):
     with torch.autocast("cpu", torch.bfloat16):

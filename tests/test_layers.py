@@ -261,6 +261,7 @@ def test_reset_parameters_draws_the_same_parameters_anew():
     assert weight.is_leaf
 
 
+@pytest.mark.road("meta device")
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_skip_init_and_meta_construction_draw_nothing(device):
     before = torch.get_rng_state()
@@ -482,6 +483,7 @@ def test_lazy_layer_loads_a_state_before_its_first_input(bias):
     assert torch.equal(lazy.to_linear().weight, layer.weight.T)
 
 
+@pytest.mark.road("state_dict and pickle")
 def test_lazy_layer_saves_a_state_before_and_after_its_first_input():
     lazy = LazyMyLinear(3)
     state = lazy.state_dict()
@@ -616,6 +618,7 @@ MODULES = {
 }
 
 
+@pytest.mark.road("state_dict and pickle")
 @pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 def test_a_copy_of_a_module_is_equal_and_independent(make, copier):
@@ -638,6 +641,7 @@ def test_a_copy_of_a_module_is_equal_and_independent(make, copier):
     assert torch.equal(module(x), y)
 
 
+@pytest.mark.road("state_dict and pickle")
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("mmap", [False, True])
 def test_state_goes_through_a_file_with_the_safe_loader(tmp_path, mmap, assign):
@@ -655,6 +659,7 @@ def test_state_goes_through_a_file_with_the_safe_loader(tmp_path, mmap, assign):
         assert torch.equal(theirs.grad, ours.grad)
 
 
+@pytest.mark.road("state_dict and pickle")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -731,6 +736,7 @@ def test_moves_between_dtypes_keep_the_module_and_its_values(move, dtype):
         layer(x.to(torch.float32 if dtype != torch.float32 else torch.float64))
 
 
+@pytest.mark.road("meta device")
 def test_meta_module_is_emptied_onto_the_cpu_and_loaded():
     layer = whole_linear()
     away = copy.deepcopy(layer).to("meta")

@@ -50,6 +50,7 @@ def test_the_versions_of_metadata_and_module_agree():
     assert importlib.metadata.version("mylayers") == mylayers.__version__
 
 
+@pytest.mark.road("CUDA-free build")
 def test_build_info_tells_what_was_built():
     info = mylayers.build_info()
     assert info["kernels"] in info["instruction_sets"]

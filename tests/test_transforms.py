@@ -140,6 +140,7 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.road("functorch")
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_derivative_equals_that_of_the_formula(derivative: Callable[..., Any], form: Form) -> None:
     args, tangents = arguments(form), arguments(form, seed=10)
@@ -201,6 +202,7 @@ def batched(names: tuple[str, ...], in_dims: tuple[int | None, ...]) -> tuple[Te
     return tuple(args)
 
 
+@pytest.mark.road("functorch")
 @any_activation
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_vmap_of_linear_act_over_any_argument(
@@ -223,6 +225,7 @@ def test_vmap_of_linear_act_over_any_argument(
     both(run)
 
 
+@pytest.mark.road("functorch")
 @pytest.mark.parametrize("dim", [None, 0, -1, (0, 1)], ids=str)
 @pytest.mark.parametrize("in_dim", [0, 1, 2, -1])
 def test_vmap_of_center_counts_dim_without_the_batch(
@@ -250,6 +253,7 @@ def test_vmap_computes_what_a_loop_over_the_batch_computes(form: Form) -> None:
     assert_close(vmap(f)(*args), torch.stack([f(*a) for a in zip(*args, strict=True)]))
 
 
+@pytest.mark.road("functorch")
 def test_nested_vmap(form: Form) -> None:
     # The outer level batches the input, the inner one every other argument (or it again).
     outer = draw((BATCH, BATCH, *SHAPES["input"]))
@@ -339,6 +343,7 @@ def test_grad_of_functional_call(net: Net) -> None:
     assert_close(actual, grad(lambda p: net_formula(p, x).pow(3).sum())(params))
 
 
+@pytest.mark.road("functorch")
 def test_per_sample_gradients_by_vmap_of_grad(net: Net) -> None:
     x, params = draw((BATCH, IN_UNITS)), parameters_of(net)
 
@@ -356,6 +361,7 @@ def test_per_sample_gradients_by_vmap_of_grad(net: Net) -> None:
     )
 
 
+@pytest.mark.road("functorch")
 def test_jacobian_by_parameters_of_a_module(net: Net) -> None:
     x, params = draw((ROWS, IN_UNITS)), parameters_of(net)
     for jacobian in (jacrev, jacfwd):
@@ -363,6 +369,7 @@ def test_jacobian_by_parameters_of_a_module(net: Net) -> None:
         assert_close(actual, jacobian(lambda p: net_formula(p, x))(params))
 
 
+@pytest.mark.road("functorch")
 @pytest.mark.parametrize("x_in_dim", [None, 0], ids=["shared input", "own input"])
 def test_ensemble_by_stack_module_state(x_in_dim: int | None) -> None:
     torch.manual_seed(0)
@@ -405,6 +412,7 @@ def test_forward_ad_tangent_on_some_arguments(duals: tuple[int, ...], requires_g
     both(run)
 
 
+@pytest.mark.road("functorch")
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
 def test_forward_ad_of_every_form(form: Form, grad_mode: Callable[[], Any]) -> None:
     args, tangents = arguments(form), arguments(form, seed=10)
@@ -417,6 +425,7 @@ def test_forward_ad_of_every_form(form: Form, grad_mode: Callable[[], Any]) -> N
     both(run)
 
 
+@pytest.mark.road("functorch")
 def test_forward_ad_through_backward(form: Form) -> None:
     """A tangent on grad_output reaches the backward operator in forward mode."""
     args = arguments(form)

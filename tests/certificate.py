@@ -1,0 +1,144 @@
+"""On which of PyTorch's roads the layers go along, and which tests prove it.
+
+A test marked ``@pytest.mark.road("ONNX")`` is a proof of that road. ``python -m tests.certificate``
+runs the proofs and writes the tables of PAGES; a whole run of pytest ends in
+tests/test_roads.py, which fails where a road has no proof or a page another table than the run.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- roads: python -m tests.certificate -->", "<!-- end of roads -->"
+# Page, and whether its table names the tests. A page may be without a table.
+PAGES = {"docs/roads.md": True, "README.md": False}
+
+# What holds on each road, in the order of the table.
+ROADS = {
+    "autocast": "computes in autocast's dtype, eager and compiled; gradients in the parameters'",
+    "gradient scaling": "`torch.amp.GradScaler` under autocast: scaled steps equal unscaled ones, "
+    "and a step whose gradients overflow is left out",
+    "gradient checkpointing": "both kinds and the selective one, to the same bits",
+    "double backward": "gradients of three orders equal the formula's",
+    "functorch": "`vmap`, `grad`, `jvp`, `jacrev`, per-sample gradients and ensembles, and "
+    "forward-mode differentiation, equal the formula's",
+    "torch.compile": "`fullgraph=True`, forward and backward, to eager's bits",
+    "torch.compile, dynamic shapes": "one compilation for every batch",
+    "compiled autograd": "captures the backward of eager and of compiled steps",
+    "torch.export": "programs of any batch, saved and loaded, to eager's bits",
+    "torch.jit.trace": "records the operators; saved and loaded, to eager's bits",
+    "C++ without Python": "AOTInductor's package of a network runs in a C++ program linked to "
+    "`libmylayers.so`, any batch",
+    "ONNX": "ONNX Runtime's results match: every activation, dtype and `dim`, any batch",
+    "state_dict and pickle": "files, `weights_only`, `mmap`, `assign`, deepcopy and pickle, as "
+    "stock modules",
+    "meta device": "construction without memory, `to_empty`, fake tensors, symbolic sizes",
+    "CUDA-free build": "compiled and run where neither torch nor the machine has CUDA",
+}
+
+
+class Certificate:
+    """A plugin of pytest that collects each road's tests and how they ended."""
+
+    def __init__(self) -> None:
+        self.whole = True  # no test is left out
+        self.proofs: dict[str, dict[tuple[str, str], None]] = {road: {} for road in ROADS}
+        self.roads: dict[str, list[str]] = {}  # of a case
+        self.outcomes: dict[str, str] = {}
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        self.whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        items.sort(key=lambda item: item.path.name == "test_roads.py")  # comes last
+        for item in items:
+            roads = [mark.args[0] for mark in item.iter_markers("road")]
+            for road in roads:
+                if road not in ROADS:
+                    raise pytest.UsageError(
+                        f"{item.nodeid}: no road {road!r} in tests/certificate.py"
+                    )
+                name = getattr(item, "originalname", item.name)
+                self.proofs[road][item.path.name, name] = None
+            self.roads[item.nodeid] = roads
+
+    def pytest_deselected(self) -> None:
+        self.whole = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def result(self, road: str) -> str:
+        count = Counter(
+            self.outcomes[case]
+            for case, roads in self.roads.items()
+            if road in roads and case in self.outcomes
+        )
+        parts = [f"{count['passed']} passed"]
+        if count["skipped"]:
+            parts.append(f"{count['skipped']} skipped")
+        if count["failed"]:
+            parts.append(f"**{count['failed']} failed**")
+        return ", ".join(parts)
+
+    def table(self, with_tests: bool) -> str:
+        lines = [
+            "| road | what holds | cases |" + (" proved by |" if with_tests else ""),
+            "|---|---|---|" + ("---|" if with_tests else ""),
+        ]
+        for road, holds in ROADS.items():
+            line = f"| {road} | {holds} | {self.result(road)} |"
+            if with_tests:
+                files: dict[str, list[str]] = {}
+                for file, name in self.proofs[road]:
+                    files.setdefault(file, []).append(f"`{name.removeprefix('test_')}`")
+                line += " " + "; ".join(f"{f}: {', '.join(names)}" for f, names in files.items())
+                line += " |"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def unproved(self) -> list[str]:
+        """Roads of which no test has passed, or one has failed."""
+        return [
+            road
+            for road in ROADS
+            if self.result(road).startswith("0 ") or "failed" in self.result(road)
+        ]
+
+
+def tables() -> dict[Path, tuple[str, bool]]:
+    """The pages' present tables, and whether they name tests."""
+    found = {}
+    for page, with_tests in PAGES.items():
+        text = (ROOT / page).read_text()
+        if BEGIN in text:
+            found[ROOT / page] = text.split(BEGIN)[1].split(END)[0].strip(), with_tests
+    return found
+
+
+def whole_numbers(table: str) -> str:
+    """The table with cases that could not run on one machine counted as on any other."""
+    return re.sub(
+        r"(\d+) passed, (\d+) skipped", lambda m: f"{int(m[1]) + int(m[2])} passed", table
+    )
+
+
+def main() -> int:
+    """Run the proofs and write the tables; pytest's exit status."""
+    certificate = Certificate()
+    status = pytest.main(["-q", "-m", "road"], plugins=[certificate])
+    for page, (_, with_tests) in tables().items():
+        text = page.read_text()
+        head, tail = text.split(BEGIN)[0], text.split(END)[1]
+        page.write_text(f"{head}{BEGIN}\n{certificate.table(with_tests)}\n{END}{tail}")
+        print(page)
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
