@@ -12,6 +12,7 @@ MODULES = [
     "mylayers.convert",
     "mylayers.functional",
     "mylayers.layers",
+    "mylayers.onnx",
     "mylayers.reference",
 ]
 PUBLIC = [
@@ -29,6 +30,8 @@ def _run(test: doctest.DocTest) -> doctest.TestResults:
     return results
 
 
+# torch.onnx.export's own use of its pytree module.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is:FutureWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_every_example_of_the_module_runs(name):
     for test in FINDER.find(importlib.import_module(name)):
