@@ -26,8 +26,9 @@ ROADS = {
     "double backward": "gradients of three orders equal the formula's",
     "functorch": "`vmap`, `grad`, `jvp`, `jacrev`, per-sample gradients and ensembles, and "
     "forward-mode differentiation, equal the formula's",
-    "torch.compile": "`fullgraph=True`, forward and backward, to eager's bits",
-    "torch.compile, dynamic shapes": "one compilation for every batch",
+    "torch.compile": "`fullgraph=True`, forward and backward, equal to eager",
+    "torch.compile, dynamic shapes": "one compilation for every batch, where PyTorch learns by "
+    "itself that it varies a second",
     "compiled autograd": "captures the backward of eager and of compiled steps",
     "torch.export": "programs of any batch, saved and loaded, to eager's bits",
     "torch.jit.trace": "records the operators; saved and loaded, to eager's bits",
@@ -53,7 +54,7 @@ class Certificate:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        self.whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        self.whole &= config.args_source is pytest.Config.ArgsSource.TESTPATHS
         items.sort(key=lambda item: item.path.name == "test_roads.py")  # comes last
         for item in items:
             roads = [mark.args[0] for mark in item.iter_markers("road")]
