@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mylayers
-from mylayers import CenteredLayer, MyLinear
+from mylayers import CenteredLayer, FusedSequential, MyLinear
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -158,7 +158,7 @@ def test_every_rank() -> None:
 
 
 class Chain(nn.Module):
-    """A chain as FusedSequential makes it, each kind of step in it."""
+    """A program of each kind of step; FusedSequential writes such."""
 
     PROGRAM = (
         "linear+bias+tanh; center(0); linear_t; relu; flatten(1,-1); linear_t+bias+elu; sigmoid; "
@@ -185,6 +185,19 @@ def test_every_step_of_sequential_in_any_batch_and_dtype() -> None:
             # Each of six steps rounds to the dtype what is at most a few units large, and the
             # steps that follow do not enlarge it by more than their weights: 32 units in all.
             assert_matches(a, e, 32 * torch.finfo(e.dtype).eps)
+
+
+def test_a_fused_network_beside_stock_layers() -> None:
+    torch.manual_seed(0)
+    fused = FusedSequential(nn.Linear(6, 8), nn.Tanh(), CenteredLayer(1), MyLinear(8, 4))
+    module = nn.Sequential(nn.Flatten(), fused, nn.Linear(4, 2))
+    inputs = [torch.randn(4, 2, 3)]
+    session = export(module, *inputs, dynamic_shapes=({0: "rows"},))
+    for rows in (1, 4, 9):
+        inputs, expected = [x := torch.randn(rows, 2, 3)], [module(x).detach()]
+        (actual,) = run(session, inputs, expected)
+        # Three products of at most 8 terms of order one.
+        assert_matches(actual, expected[0], 3 * 8 * 8 * torch.finfo(torch.float32).eps)
 
 
 def test_sequential_flattens_leading_dimensions_and_centers_a_single_value() -> None:

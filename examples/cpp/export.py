@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mylayers import CenteredLayer, MyLinear
+from mylayers import CenteredLayer, FusedSequential, MyLinear
 
 
 def build() -> nn.Module:
@@ -19,9 +19,8 @@ def build() -> nn.Module:
     return nn.Sequential(
         MyLinear(64, 32, activation="tanh"),
         CenteredLayer(dim=1),
-        MyLinear(32, 16),
-        CenteredLayer(),
-        nn.Linear(16, 10),
+        FusedSequential(nn.Linear(32, 16), nn.ReLU(), CenteredLayer(), MyLinear(16, 12)),
+        nn.Linear(12, 10),
     ).eval()
 
 
