@@ -83,9 +83,6 @@ def compiler_flags() -> list[str]:
     return ["-fopenmp", "-Wno-maybe-uninitialized"]
 
 
-OPERATORS = "mylayers.libmylayers"
-
-
 class Build(BuildExtension):
     """Checks for the tools first, and leaves a note of the torch that it built for.
 
@@ -100,7 +97,8 @@ class Build(BuildExtension):
         self._leave_note(Path(self.build_lib, "mylayers"))
 
     def get_ext_filename(self, name: str) -> str:
-        if name.endswith("libmylayers"):  # not a module of Python, whose version others tell
+        # Python's suffix names its version and ABI, which are nothing to this library.
+        if name.endswith("libmylayers"):
             return os.path.join(*name.split(".")) + ".so"
         return super().get_ext_filename(name)
 
@@ -142,7 +140,7 @@ def extension(name: str, sources: list[Path], **options: list[str]) -> CppExtens
 
 BINDINGS = Path("csrc/bindings.cpp")  # alone in needing Python
 operators = extension(
-    OPERATORS,
+    "mylayers.libmylayers",
     [path for path in Path("csrc").rglob("*.cpp") if path != BINDINGS],
     # By this name a process knows that it has the library, wherever a second copy lies:
     # operators can be registered only once.

@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,16 +15,27 @@ from torch import Tensor
 
 import mylayers
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cpp"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "cpp"
 CONFIG = Path(mylayers.cmake_prefix_path())
 LIBRARY = CONFIG.parent / "libmylayers.so"
 
 pytestmark = pytest.mark.road("C++ without Python")
 
 
-def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: Any, input: str | None = None, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    # CMake and Ninja from PyPI lie beside Python, which need not be on the PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=180, **options
+        [str(part) for part in command],
+        input=input,
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
 
 
@@ -37,21 +49,30 @@ def configure(build: Path, *prefixes: Any) -> subprocess.CompletedProcess[str]:
     return run(
         *("cmake", "-S", EXAMPLE, "-B", build, "-G", "Ninja"),
         f"-DCMAKE_PREFIX_PATH={';'.join(map(str, prefixes))}",
-        # As some systems tell their linkers: leave out libraries of which no symbol is named.
-        "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed",
     )
 
 
+class Example(NamedTuple):
+    """What the commands of docs/deploy.md leave in their folder, and print."""
+
+    program: Path
+    network: Path
+    rows: str
+    printed: list[str]
+
+
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run_network, built."""
-    build = tmp_path_factory.mktemp("build")
-    for done in (
-        configure(build, torch.utils.cmake_prefix_path, CONFIG),
-        run("cmake", "--build", build),
-    ):
-        assert done.returncode == 0, done.stdout + done.stderr
-    return build / "run_network"
+def built(tmp_path_factory: pytest.TempPathFactory) -> Example:
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    (commands,) = [block for block in blocks if "cmake --build" in block]
+    # As some systems tell their linkers: leave out libraries of which no symbol is named.
+    done = run("bash", "-euc", commands, cwd=folder, LDFLAGS="-Wl,--as-needed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = folder / "out"
+    rows = (out / "rows.txt").read_text()
+    return Example(out / "cpp/run_network", out / "network.pt2", rows, done.stdout.splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +84,8 @@ def example() -> Any:
     return module
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """The network and the rows that export.py writes, and what it prints."""
-    folder = tmp_path_factory.mktemp("exported")
-    network, rows = folder / "network.pt2", folder / "rows.txt"
-    done = run(sys.executable, EXAMPLE / "export.py", network, rows, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return network, rows, done.stdout
-
-
-def parsed(text: str) -> Tensor:
-    return torch.tensor([[float(number) for number in line.split()] for line in text.splitlines()])
+def parsed(lines: list[str]) -> Tensor:
+    return torch.tensor([[float(number) for number in line.split()] for line in lines])
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -83,31 +94,25 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def test_the_example_prints_what_python_printed(
-    program: Path, exported: tuple[Path, Path, str]
-) -> None:
-    network, rows, printed = exported
-    done = run(program, network, input=rows.read_text())
-    assert done.returncode == 0, done.stderr
-    assert_close(parsed(done.stdout), parsed(printed))
+def test_the_documented_commands_print_the_same_from_python_and_without(built: Example) -> None:
+    count = len(built.rows.splitlines())
+    assert count > 1
+    assert_close(parsed(built.printed[-count:]), parsed(built.printed[:count]))
 
 
 @pytest.mark.parametrize("count", [1, 2, 257])
-def test_the_exported_network_takes_any_batch(
-    program: Path, exported: tuple[Path, Path, str], example: Any, count: int
-) -> None:
+def test_the_exported_network_takes_any_batch(built: Example, example: Any, count: int) -> None:
     net = example.build()
     rows = torch.randn(count, 64)
-    done = run(program, exported[0], input=example.as_text(rows))
+    done = run(built.program, built.network, input=example.as_text(rows))
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        assert_close(parsed(done.stdout), net(rows))
+        assert_close(parsed(done.stdout.splitlines()), net(rows))
 
 
-def test_no_python_is_in_the_process(program: Path, exported: tuple[Path, Path, str]) -> None:
-    network, rows, _ = exported
-    # The loader's own account of every library, those of the exported network included.
-    environment = {**os.environ, "LD_DEBUG": "files"}
-    done = run(program, network, input=rows.read_text(), env=environment)
+def test_no_python_is_in_the_process(built: Example) -> None:
+    # The loader's own account of every library, that of the exported network included.
+    done = run(built.program, built.network, input=built.rows, LD_DEBUG="files")
     loaded = {
         os.path.basename(line.split("calling init: ")[1])
         for line in done.stderr.splitlines()
@@ -129,17 +134,17 @@ def test_no_python_is_in_the_process(program: Path, exported: tuple[Path, Path, 
     ids=["no package", "ragged rows", "no numbers", "other columns"],
 )
 def test_bad_use_of_the_example_is_one_clear_line(
-    program: Path, exported: tuple[Path, Path, str], package: str | None, text: str, message: str
+    built: Example, package: str | None, text: str, message: str
 ) -> None:
-    done = run(program, package or exported[0], input=text)
+    done = run(built.program, package or built.network, input=text)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"{program}: ")
+    assert last.startswith(f"{built.program}: ")
     assert message in last
 
 
-def test_the_example_without_a_network_prints_its_usage(program: Path) -> None:
-    done = run(program)
+def test_the_example_without_a_network_prints_its_usage(built: Example) -> None:
+    done = run(built.program)
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage:" in done.stderr
 

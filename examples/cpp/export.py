@@ -1,4 +1,4 @@
-"""Export a network for run_network: python export.py NETWORK.pt2 ROWS.txt.
+"""Export a network for run_network: python examples/cpp/export.py NETWORK.pt2 ROWS.txt.
 
 Writes the network, compiled by AOTInductor for any number of rows, and three rows of inputs;
 prints what Python computes from them, as run_network will.
