@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 from mylayers import functional
 from mylayers.convert import linear_from, linear_to
 from mylayers.reference import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from mylayers.sync import Group
 
 __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
@@ -262,15 +268,24 @@ class CenteredLayer(nn.Module):
 
     Args:
         dim: the dimension or dimensions to average over; all of them if None.
+        process_group: the processes that share a batch, split along dimension 0. The result is
+            then this process's rows of what one process computes for the whole batch, in training
+            and evaluation alike. ``torch.distributed.group.WORLD`` is all processes (and None
+            before ``init_process_group``); None is this process alone. Shards may be uneven or
+            empty, but every process of the group must take part in every call and in its
+            gradient: one all-reduce each, of sum and count, in float64. A mean that leaves out
+            dimension 0 needs none.
 
     Shape:
         input of any shape, output of the same.
 
     Raises:
-        TypeError: ``dim`` is not None, an integer or a sequence of integers.
+        TypeError: ``dim`` is not None, an integer or a sequence of integers, or
+            ``process_group`` not a process group.
+        ValueError: this process is not in ``process_group``.
 
     Source:
-        :func:`mylayers.functional.center`.
+        :func:`mylayers.functional.center`; over processes, mylayers/sync.py.
 
     Example:
         >>> import torch
@@ -282,10 +297,16 @@ class CenteredLayer(nn.Module):
     __constants__ = ["dim"]  # noqa: RUF012  (torch.nn's protocol)
 
     dim: int | tuple[int, ...] | None
+    _group: "Group | None" = None
 
-    def __init__(self, dim: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        dim: int | Sequence[int] | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
         super().__init__()
         self.dim = self._checked(dim)
+        self.process_group = process_group
 
     @staticmethod
     def _checked(dim: object) -> int | tuple[int, ...] | None:
@@ -302,10 +323,35 @@ class CenteredLayer(nn.Module):
             )
         return tuple(d for d in dims if d is not None)
 
+    @property
+    def process_group(self) -> "ProcessGroup | None":
+        """The processes that share a batch; may be set anew.
+
+        Raises:
+            RuntimeError: the group does not exist here, as may be after unpickling.
+        """
+        return self._group and self._group.resolve()
+
+    @process_group.setter
+    def process_group(self, process_group: "ProcessGroup | None") -> None:
+        if process_group is None:
+            self._group = None
+        else:
+            from mylayers import sync  # only now: PyTorch's collectives take 10 ms to import
+
+            self._group = sync.Group.of(process_group)
+
     def forward(self, input: Tensor) -> Tensor:
         """``input - input.mean(dim)``; see :func:`mylayers.functional.center`."""
-        return functional.center(input, self.dim)
+        if self._group is None:
+            return functional.center(input, self.dim)
+        from mylayers import sync
+
+        return sync.center(input, self.dim, self._group)
 
     def extra_repr(self) -> str:
-        """The dimensions, unless all."""
-        return "" if self.dim is None else f"dim={self.dim}"
+        """The dimensions, unless all, and the processes, unless one."""
+        parts = [] if self.dim is None else [f"dim={self.dim}"]
+        if self._group is not None:
+            parts.append(f"ranks={list(self._group.ranks)}")
+        return ", ".join(parts)

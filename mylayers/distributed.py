@@ -1,0 +1,329 @@
+"""Our layers in ``torch.distributed``: centering over processes, and tensor parallelism.
+
+Importing this module teaches ``DTensor`` our operators. It takes half a second, PyTorch's own
+``torch.distributed.tensor``, which is why ``import mylayers`` leaves it out.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+    parallel,
+)
+from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor._ops.utils import (
+    expand_to_full_mesh_op_strategy,
+    register_op_strategy,
+)
+from torch.nn.parameter import is_lazy
+
+from mylayers import functional, sync
+from mylayers.layers import CenteredLayer, MyLinear
+from mylayers.reference import ACTIVATIONS
+
+__all__ = ["ColwiseParallel", "RowwiseParallel", "convert_sync_centered"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def convert_sync_centered(
+    model: Module, process_group: dist.ProcessGroup | None = None
+) -> Module:
+    """Give every :class:`mylayers.CenteredLayer` of a model a process group.
+
+    Args:
+        model: changed in place.
+        process_group: the processes among which batches are split; all of them if None.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``process_group`` not a process group.
+        ValueError: this process is not in ``process_group``.
+        RuntimeError: ``process_group`` is None and torch.distributed is not initialised.
+
+    Source:
+        mylayers/sync.py.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from mylayers import CenteredLayer
+        >>> from mylayers.distributed import convert_sync_centered
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> convert_sync_centered(torch.nn.Sequential(CenteredLayer()))
+        Sequential(
+          (0): CenteredLayer(ranks=[0])
+        )
+        >>> dist.destroy_process_group()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"convert_sync_centered: model must be an nn.Module; got {type(model).__name__}"
+        )
+    if process_group is None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "convert_sync_centered: process_group is None, for all processes, and "
+                "torch.distributed is not initialised. Call "
+                "torch.distributed.init_process_group first"
+            )
+        process_group = dist.group.WORLD
+    for module in model.modules():
+        if isinstance(module, CenteredLayer):
+            module.process_group = process_group
+    return model
+
+
+# ---- tensor parallelism ----------------------------------------------------------------
+
+
+def _distribute(style: Any, module: MyLinear, mesh: DeviceMesh, **placements: Placement) -> None:
+    if is_lazy(module.weight):
+        raise ValueError(
+            f"{type(style).__name__}: {type(module).__name__} is uninitialized: its sizes are not "
+            "known before the first input, so it cannot be sharded yet"
+        )
+    for name, placement in placements.items():
+        parameter = module.get_parameter(name)
+        shard = distribute_tensor(
+            parameter, mesh, [placement], src_data_rank=style.src_data_rank
+        )
+        module.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
+
+
+class ColwiseParallel(parallel.ColwiseParallel):
+    """PyTorch's style of the same name, for :class:`mylayers.MyLinear` too.
+
+    Each process has some of the units: columns of the weight, which is ``(in_units, units)``, and
+    their biases. The input is replicated, the output sharded in its last dimension, and the
+    gradient of the input summed over the processes.
+
+    Args:
+        input_layouts: of the input, if it is no ``DTensor`` yet; replicated if None.
+        output_layouts: of the output; ``Shard(-1)`` if None.
+        use_local_output: whether the output is this process's part, a plain tensor. Uneven parts
+            lose their common size so: pass False for ``units`` that the processes do not divide.
+
+    Raises:
+        ValueError: the layer is lazy and has not seen an input.
+
+    Source:
+        The layer's operator on ``DTensor``: mylayers/distributed.py.
+
+    Example:
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from mylayers.distributed import ColwiseParallel, RowwiseParallel
+        >>> plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        >>> def shard(net, mesh):
+        ...     return parallelize_module(net, mesh, plan)
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, MyLinear):
+            return super()._apply(module, device_mesh)
+        return distribute_module(
+            module,
+            device_mesh,
+            partial(_shard_parameters, self, weight=Shard(1), bias=Shard(0)),
+            partial(self._prepare_input_fn, self.input_layouts, self.desired_input_layouts),
+            partial(self._prepare_output_fn, self.output_layouts, self.use_local_output),
+        )
+
+
+class RowwiseParallel(parallel.RowwiseParallel):
+    """PyTorch's style of the same name, for :class:`mylayers.MyLinear` too.
+
+    Each process has some of the inputs and their rows of the weight, and the products are summed
+    over the processes. Bias and activation come after: ``act(a) + act(b)`` is not ``act(a + b)``.
+
+    Args:
+        input_layouts: of the input, if it is no ``DTensor`` yet; ``Shard(-1)`` if None.
+        output_layouts: of the output; replicated if None. A shard of it is summed by
+            reduce-scatter. ``Partial()`` is refused.
+        use_local_output: whether the output is this process's part, a plain tensor.
+
+    Raises:
+        ValueError: ``output_layouts`` is partial, or the layer is lazy and has not seen an input.
+
+    Source:
+        The layer's operator on ``DTensor``: mylayers/distributed.py.
+
+    Example:
+        See :class:`ColwiseParallel`.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, MyLinear):
+            return super()._apply(module, device_mesh)
+        if any(placement.is_partial() for placement in self.output_layouts):
+            raise ValueError(
+                "RowwiseParallel: output_layouts must be Replicate() or a Shard: MyLinear's bias "
+                f"and activation come after the sum; got {self.output_layouts[0]}"
+            )
+        module = distribute_module(
+            module,
+            device_mesh,
+            partial(_shard_parameters, self, weight=Shard(0), bias=Replicate()),
+            partial(self._prepare_input_fn, self.input_layouts, (Shard(-1),)),
+            partial(_finish, self.output_layouts, self.use_local_output),
+        )
+        module.forward = partial(_product, module)  # type: ignore[method-assign]
+        return module
+
+
+def _shard_parameters(
+    style: parallel.ParallelStyle,
+    name: str,  # noqa: ARG001  (of the module, from distribute_module)
+    module: MyLinear,
+    device_mesh: DeviceMesh,
+    **placements: Placement,
+) -> None:
+    if is_lazy(module.weight):
+        raise ValueError(
+            f"{type(style).__name__}: {type(module).__name__} is uninitialized: its sizes are not "
+            "known before the first input, so it cannot be sharded yet"
+        )
+    for key, parameter in module.named_parameters(recurse=False):
+        shard = distribute_tensor(
+            parameter, device_mesh, [placements[key]], src_data_rank=style.src_data_rank
+        )
+        module.register_parameter(key, nn.Parameter(shard, parameter.requires_grad))
+
+
+def _product(module: MyLinear, input: Tensor) -> Tensor:
+    return functional.linear_act(input, module.weight, activation=None)
+
+
+def _finish(
+    output_layouts: Sequence[Placement],
+    use_local_output: bool,
+    module: MyLinear,
+    partial_output: DTensor,
+    device_mesh: DeviceMesh,  # noqa: ARG001  (from distribute_module)
+) -> Tensor:
+    output: Tensor = partial_output.redistribute(placements=output_layouts)
+    if module.bias is not None:
+        output = output + module.bias
+    if module.activation is not None:
+        output = ACTIVATIONS[module.activation](output)
+    return output.to_local() if use_local_output else output  # type: ignore[attr-defined,no-any-return]
+
+
+# ---- DTensor's rules -------------------------------------------------------------------
+#
+# A row has a placement for each result, then for each tensor argument: along one dimension of a
+# mesh, arguments so placed give results so placed. DTensor takes the rows that move least.
+#
+# The public register_sharding would apply a row to another activation or mask than it is right
+# for, as its cache is told of no arguments but tensors and integers, and would gather every tensor
+# of fewer rows than there are processes. So these are registered a level below it.
+
+_Rows = list[list[Placement | None]]
+
+
+def _register(op: torch._ops.OpOverload, rows: Callable[..., _Rows]) -> None:
+    defaults = [argument.default_value for argument in op._schema.arguments]
+    results = len(op._schema.returns)
+
+    def strategy(schema: OpSchema) -> OpStrategy:
+        # The dispatcher drops arguments that end the list and equal their defaults.
+        arguments = [*schema.args_schema, *defaults[len(schema.args_schema) :]]
+        return expand_to_full_mesh_op_strategy(
+            schema.get_mesh_from_args(),
+            schema,
+            [
+                row[:results]
+                + [p for p, argument in zip(row[results:], arguments) if argument is not None]
+                for row in rows(*arguments)
+            ],
+            input_index=results,
+            allow_uneven_sharding=True,
+        )
+
+    # From static_argnum on, whatever is no tensor is in the cache's key.
+    register_op_strategy(op, RuntimeSchemaInfo(static_argnum=0, needs_pytree=True))(strategy)
+
+
+def _linear_act_rows(
+    input: OpStrategy, weight: OpStrategy, bias: OpStrategy | None, activation: str | None
+) -> _Rows:
+    whole, last = Replicate(), input.ndim - 1
+    rows: _Rows = [[whole, whole, whole, whole]]
+    rows += [[Shard(d), Shard(d), whole, whole] for d in range(last)]
+    rows.append([Shard(last), whole, Shard(1), Shard(0)])
+    if bias is None and activation is None:  # neither is right for a part of a sum
+        rows.append([Partial(), Shard(last), Shard(0), None])
+    return rows
+
+
+def _linear_act_backward_rows(
+    grad_output: OpStrategy,
+    input: OpStrategy | None,
+    weight: OpStrategy | None,
+    output: OpStrategy | None,
+    activation: str | None,
+    output_mask: Sequence[bool],
+) -> _Rows:
+    whole, last = Replicate(), grad_output.ndim - 1
+    # Gradients of input, weight and bias; grad_output, input, weight, output.
+    rows: _Rows = [[whole] * 7]
+    rows += [
+        [Shard(d), Partial(), Partial(), Shard(d), Shard(d), whole, Shard(d)] for d in range(last)
+    ]
+    rows.append([Partial(), Shard(1), Shard(0), Shard(last), whole, Shard(1), Shard(last)])
+    rows.append([Shard(last), Shard(0), whole, whole, Shard(last), Shard(0), whole])
+    return [
+        [p if wanted else None for p, wanted in zip(row, output_mask)] + row[3:] for row in rows
+    ]
+
+
+_register(torch.ops.mylayers.linear_act.default, _linear_act_rows)
+_register(torch.ops.mylayers.linear_act_backward.default, _linear_act_backward_rows)
+
+
+@torch.library.register_torch_dispatch("mylayers::center", DTensor)
+def _center(
+    cls: type,  # noqa: ARG001
+    op: torch._ops.OpOverload,
+    types: Sequence[type],  # noqa: ARG001
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,  # noqa: ARG001
+) -> DTensor:
+    """Shards stay where they are: what is summed over the mesh are the sums of those averaged."""
+    input, dim = (*args, None)[:2]
+    rank = input.dim()
+    meta = torch.empty_strided(input.shape, input.stride(), dtype=input.dtype, device="meta")
+    strides = op(meta, dim).stride()  # and its errors
+    dims = tuple({d % max(rank, 1) for d in dim} if dim else range(rank))
+    placements = [
+        # A mean of parts is a part of the mean, if they are to be added.
+        Replicate() if p.is_partial() and p not in (Partial("sum"), Partial("avg")) else p
+        for p in input.placements
+    ]
+    local = input.redistribute(placements=placements).to_local()
+    split = [i for i, p in enumerate(placements) if getattr(p, "dim", None) in dims]
+    if split:
+        total = sync.sum_wide(local, dims)
+        for mesh_dim in split:
+            total = sync.all_reduce(total, (input.device_mesh, mesh_dim))
+        mean = total / math.prod([input.size(d) for d in dims])
+        centered = local - mean.to(local.dtype)
+    else:
+        centered = op(local, dim)
+    return DTensor.from_local(
+        centered, input.device_mesh, placements, run_check=False, shape=input.shape, stride=strides
+    )
