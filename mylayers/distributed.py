@@ -39,9 +39,7 @@ __all__ = ["ColwiseParallel", "RowwiseParallel", "convert_sync_centered"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def convert_sync_centered(
-    model: Module, process_group: dist.ProcessGroup | None = None
-) -> Module:
+def convert_sync_centered(model: Module, process_group: dist.ProcessGroup | None = None) -> Module:
     """Give every :class:`mylayers.CenteredLayer` of a model a process group.
 
     Args:
@@ -99,9 +97,7 @@ def _distribute(style: Any, module: MyLinear, mesh: DeviceMesh, **placements: Pl
         )
     for name, placement in placements.items():
         parameter = module.get_parameter(name)
-        shard = distribute_tensor(
-            parameter, mesh, [placement], src_data_rank=style.src_data_rank
-        )
+        shard = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
         module.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
 
 
@@ -179,9 +175,9 @@ class RowwiseParallel(parallel.RowwiseParallel):
             device_mesh,
             partial(_shard_parameters, self, weight=Shard(0), bias=Replicate()),
             partial(self._prepare_input_fn, self.input_layouts, (Shard(-1),)),
-            partial(_finish, self.output_layouts, self.use_local_output),
+            partial(_finish, self.output_layouts, self.use_local_output),  # type: ignore[arg-type]
         )
-        module.forward = partial(_product, module)  # type: ignore[method-assign]
+        module.forward = partial(_product, module)
         return module
 
 
@@ -204,8 +200,8 @@ def _shard_parameters(
         module.register_parameter(key, nn.Parameter(shard, parameter.requires_grad))
 
 
-def _product(module: MyLinear, input: Tensor) -> Tensor:
-    return functional.linear_act(input, module.weight, activation=None)
+def _product(module: nn.Module, input: Tensor) -> Tensor:
+    return functional.linear_act(input, module.get_parameter("weight"), activation=None)
 
 
 def _finish(
@@ -220,7 +216,7 @@ def _finish(
         output = output + module.bias
     if module.activation is not None:
         output = ACTIVATIONS[module.activation](output)
-    return output.to_local() if use_local_output else output  # type: ignore[attr-defined,no-any-return]
+    return output.to_local() if use_local_output else output  # type: ignore[attr-defined]
 
 
 # ---- DTensor's rules -------------------------------------------------------------------
@@ -235,32 +231,28 @@ def _finish(
 _Rows = list[list[Placement | None]]
 
 
-def _register(op: torch._ops.OpOverload, rows: Callable[..., _Rows]) -> None:
+def _register(op: torch._ops.OpOverload, rows: Callable[[Sequence[Any]], _Rows]) -> None:
     defaults = [argument.default_value for argument in op._schema.arguments]
     results = len(op._schema.returns)
 
     def strategy(schema: OpSchema) -> OpStrategy:
         # The dispatcher drops arguments that end the list and equal their defaults.
         arguments = [*schema.args_schema, *defaults[len(schema.args_schema) :]]
+        missing = {results + i for i, argument in enumerate(arguments) if argument is None}
         return expand_to_full_mesh_op_strategy(
             schema.get_mesh_from_args(),
             schema,
-            [
-                row[:results]
-                + [p for p, argument in zip(row[results:], arguments) if argument is not None]
-                for row in rows(*arguments)
-            ],
+            [[p for i, p in enumerate(row) if i not in missing] for row in rows(arguments)],
             input_index=results,
             allow_uneven_sharding=True,
         )
 
-    # From static_argnum on, whatever is no tensor is in the cache's key.
+    # From static_argnum on, what is no tensor is in the cache's key, and so is what is None.
     register_op_strategy(op, RuntimeSchemaInfo(static_argnum=0, needs_pytree=True))(strategy)
 
 
-def _linear_act_rows(
-    input: OpStrategy, weight: OpStrategy, bias: OpStrategy | None, activation: str | None
-) -> _Rows:
+def _linear_act_rows(arguments: Sequence[Any]) -> _Rows:
+    input, _, bias, activation = arguments
     whole, last = Replicate(), input.ndim - 1
     rows: _Rows = [[whole, whole, whole, whole]]
     rows += [[Shard(d), Shard(d), whole, whole] for d in range(last)]
@@ -270,32 +262,23 @@ def _linear_act_rows(
     return rows
 
 
-def _linear_act_backward_rows(
-    grad_output: OpStrategy,
-    input: OpStrategy | None,
-    weight: OpStrategy | None,
-    output: OpStrategy | None,
-    activation: str | None,
-    output_mask: Sequence[bool],
-) -> _Rows:
-    whole, last = Replicate(), grad_output.ndim - 1
+def _linear_act_backward_rows(arguments: Sequence[Any]) -> _Rows:
+    grad_output, *_, output_mask = arguments
+    whole, part, last = Replicate(), Partial(), grad_output.ndim - 1
     # Gradients of input, weight and bias; grad_output, input, weight, output.
     rows: _Rows = [[whole] * 7]
-    rows += [
-        [Shard(d), Partial(), Partial(), Shard(d), Shard(d), whole, Shard(d)] for d in range(last)
-    ]
-    rows.append([Partial(), Shard(1), Shard(0), Shard(last), whole, Shard(1), Shard(last)])
+    rows += [[Shard(d), part, part, Shard(d), Shard(d), whole, Shard(d)] for d in range(last)]
+    rows.append([part, Shard(1), Shard(0), Shard(last), whole, Shard(1), Shard(last)])
     rows.append([Shard(last), Shard(0), whole, whole, Shard(last), Shard(0), whole])
-    return [
-        [p if wanted else None for p, wanted in zip(row, output_mask)] + row[3:] for row in rows
-    ]
+    unwanted = {i for i, wanted in enumerate(output_mask) if not wanted}
+    return [[None if i in unwanted else p for i, p in enumerate(row)] for row in rows]
 
 
 _register(torch.ops.mylayers.linear_act.default, _linear_act_rows)
 _register(torch.ops.mylayers.linear_act_backward.default, _linear_act_backward_rows)
 
 
-@torch.library.register_torch_dispatch("mylayers::center", DTensor)
+@torch.library.register_torch_dispatch("mylayers::center", DTensor)  # type: ignore[untyped-decorator]
 def _center(
     cls: type,  # noqa: ARG001
     op: torch._ops.OpOverload,
@@ -304,26 +287,26 @@ def _center(
     kwargs: dict[str, Any] | None = None,  # noqa: ARG001
 ) -> DTensor:
     """Shards stay where they are: what is summed over the mesh are the sums of those averaged."""
-    input, dim = (*args, None)[:2]
-    rank = input.dim()
-    meta = torch.empty_strided(input.shape, input.stride(), dtype=input.dtype, device="meta")
+    x, dim = (*args, None)[:2]
+    rank = x.dim()
+    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     strides = op(meta, dim).stride()  # and its errors
     dims = tuple({d % max(rank, 1) for d in dim} if dim else range(rank))
     placements = [
         # A mean of parts is a part of the mean, if they are to be added.
         Replicate() if p.is_partial() and p not in (Partial("sum"), Partial("avg")) else p
-        for p in input.placements
+        for p in x.placements
     ]
-    local = input.redistribute(placements=placements).to_local()
+    local = x.redistribute(placements=placements).to_local()
     split = [i for i, p in enumerate(placements) if getattr(p, "dim", None) in dims]
     if split:
         total = sync.sum_wide(local, dims)
         for mesh_dim in split:
-            total = sync.all_reduce(total, (input.device_mesh, mesh_dim))
-        mean = total / math.prod([input.size(d) for d in dims])
+            total = sync.all_reduce(total, (x.device_mesh, mesh_dim))
+        mean = total / math.prod([x.size(d) for d in dims])
         centered = local - mean.to(local.dtype)
     else:
         centered = op(local, dim)
     return DTensor.from_local(
-        centered, input.device_mesh, placements, run_check=False, shape=input.shape, stride=strides
+        centered, x.device_mesh, placements, run_check=False, shape=x.shape, stride=strides
     )

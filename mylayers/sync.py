@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    _resolve_process_group,
+)
 
 from mylayers import functional
 
@@ -27,7 +29,7 @@ _PIECE = 1 << 20
 class Group(NamedTuple):
     """A process group by name, which unlike the group itself can be copied and pickled."""
 
-    name: str
+    name: Any  # a string, which PyTorch's types tell from others
     ranks: tuple[int, ...]
 
     @classmethod
@@ -74,14 +76,15 @@ def sum_wide(input: Tensor, dims: tuple[int, ...]) -> Tensor:
         return sum_wide(input.flatten(), (0,)).view([1] * input.dim())
     along = dims[0]
     size = max(1, _PIECE * input.size(along) // input.numel())
-    pieces = [piece.sum(dims, keepdim=True, dtype=wide) for piece in input.split(size, along)]
+    pieces = [piece.sum(dims, keepdim=True, dtype=wide) for piece in input.split(size, along)]  # type: ignore[no-untyped-call]
     return torch.stack(pieces).sum(0)
 
 
 def all_reduce(tensor: Tensor, group: Any) -> Tensor:
     """The sum over a group, named in any way that PyTorch's functional collectives take."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    real = collectives.wait_tensor(collectives.all_reduce(real, "sum", group))
+    real = collectives.all_reduce(real, "sum", group)
+    real = collectives.wait_tensor(real)  # type: ignore[no-untyped-call]
     return torch.view_as_complex(real) if tensor.is_complex() else real
 
 
@@ -90,7 +93,7 @@ class _Center(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, dims: tuple[int, ...], group: str, count: Tensor | None
+        input: Tensor, dims: tuple[int, ...], group: Any, count: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         total = sum_wide(input, dims)
         sums = total.flatten()
@@ -113,7 +116,8 @@ class _Center(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (count,) = ctx.saved_tensors
-        return _Center.apply(grad, ctx.dims, ctx.group, count)[0], None, None, None
+        centered = _Center.apply(grad, ctx.dims, ctx.group, count)[0]  # type: ignore[no-untyped-call]
+        return centered, None, None, None
 
 
 def _check_kept(input: Tensor, dims: tuple[int, ...], group: Group) -> None:

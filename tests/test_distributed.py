@@ -102,9 +102,7 @@ def sharded(net: nn.Sequential) -> nn.Sequential:
 @in_processes(2, 3)
 @pytest.mark.parametrize("views", [False, True])
 def test_ddp_trains_to_the_parameters_of_one_process(views: bool) -> None:
-    net = DistributedDataParallel(
-        convert_sync_centered(network()), gradient_as_bucket_view=views
-    )
+    net = DistributedDataParallel(convert_sync_centered(network()), gradient_as_bucket_view=views)
     assert_same_parameters(train_together(net), train_alone(network()))
 
 
@@ -287,7 +285,7 @@ def test_centering_over_some_of_the_processes() -> None:
     batch, _ = shards((4,), [2, 2, 2], torch.float64)
     x = batch[2 * dist.get_rank() :][:2]
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match="must contain this process.* than rank 1"):
+        with pytest.raises(ValueError, match=r"must contain this process.* than rank 1"):
             CenteredLayer(process_group=pair)
         layer, mean = CenteredLayer(), x.mean()
     else:
@@ -329,7 +327,7 @@ def test_a_peer_that_never_comes_ends_in_the_groups_timeout() -> None:
     layer = CenteredLayer(process_group=impatient)
     if dist.get_rank() == 0:
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="(?i)timed out|timeout"):
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout"):
             layer(torch.randn(3))
         assert time.monotonic() - start < 10
 
@@ -346,12 +344,12 @@ def test_shards_that_do_not_fit_are_refused_in_every_process() -> None:
 @in_processes(2)
 def test_bad_input_of_centering_over_processes() -> None:
     layer = CenteredLayer(process_group=dist.group.WORLD)
-    with pytest.raises(RuntimeError, match="must be floating point or complex; got torch.int64"):
+    with pytest.raises(RuntimeError, match=r"must be floating point or complex; got torch.int64"):
         layer(torch.arange(3))
-    with pytest.raises(TypeError, match="input must be a torch.Tensor; got list"):
+    with pytest.raises(TypeError, match=r"input must be a torch.Tensor; got list"):
         layer([1.0, 2.0])
     mesh = DeviceMesh("cpu", [0, 1])
-    with pytest.raises(TypeError, match="input is a DTensor.*process_group must be None"):
+    with pytest.raises(TypeError, match=r"input is a DTensor.*process_group must be None"):
         layer(DTensor.from_local(torch.randn(2), mesh, [Replicate()]))
     with pytest.raises(IndexError, match=r"dim must be in \[-1, 0\] for a 1-D input; got 1"):
         CenteredLayer((0, 1), dist.group.WORLD)(torch.randn(3))
@@ -367,7 +365,11 @@ def test_a_layer_with_a_process_group_copies_pickles_and_keeps_its_state() -> No
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
-    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)
+    copies = (
+        copy.deepcopy(net),
+        pickle.loads(pickle.dumps(net)),
+        torch.load(file, weights_only=False),
+    )
     for other in copies:
         assert other[1].process_group is dist.group.WORLD
         assert torch.equal(other(batch[own]), net(batch[own]))
@@ -389,11 +391,11 @@ def _renamed(layer: CenteredLayer, ranks: tuple[int, ...]) -> CenteredLayer:
 
 def test_process_groups_that_are_none() -> None:
     for wrong in ("gloo", 0, dist.group):
-        with pytest.raises(TypeError, match="must be a torch.distributed.ProcessGroup or None"):
+        with pytest.raises(TypeError, match=r"must be a torch.distributed.ProcessGroup or None"):
             CenteredLayer(process_group=wrong)
-    with pytest.raises(RuntimeError, match="torch.distributed is not initialised"):
+    with pytest.raises(RuntimeError, match=r"torch.distributed is not initialised"):
         convert_sync_centered(nn.Sequential(CenteredLayer()))
-    with pytest.raises(TypeError, match="model must be an nn.Module; got list"):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module; got list"):
         convert_sync_centered([CenteredLayer()])
 
 
