@@ -252,8 +252,8 @@ def _register(op: torch._ops.OpOverload, rows: Callable[[Sequence[Any]], _Rows])
 
 
 def _linear_act_rows(arguments: Sequence[Any]) -> _Rows:
-    input, _, bias, activation = arguments
-    whole, last = Replicate(), input.ndim - 1
+    x, _, bias, activation = arguments
+    whole, last = Replicate(), x.ndim - 1
     rows: _Rows = [[whole, whole, whole, whole]]
     rows += [[Shard(d), Shard(d), whole, whole] for d in range(last)]
     rows.append([Shard(last), whole, Shard(1), Shard(0)])

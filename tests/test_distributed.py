@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -414,3 +417,33 @@ def test_a_layer_unpickled_where_there_is_no_process_group() -> None:
             use()
     layer.process_group = None
     torch.testing.assert_close(layer(x), x - x.mean(), **CLOSE)
+
+
+# ---- the example -----------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train_distributed.py"
+
+
+def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80"}
+    environment.pop("RANK", None)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
+
+
+@pytest.mark.parametrize("fsdp", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_the_example_gets_the_result_of_one_process(fsdp: list[str]) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_example(*torchrun, str(EXAMPLE), "--epochs", "2", *fsdp)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Once each: nothing but process 0 reports.
+    assert done.stdout.count("training in 2 processes") == 1
+    assert done.stdout.count("Largest difference from one process") == 1
+    assert ("FSDPMyLinear" if fsdp else "DistributedDataParallel") in done.stdout
+
+
+def test_the_example_started_without_torchrun_says_how_to_start_it() -> None:
+    done = run_example(str(EXAMPLE))
+    assert done.returncode == 2
+    assert "torchrun --nproc-per-node 2" in done.stderr
