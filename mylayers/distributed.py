@@ -59,10 +59,11 @@ def convert_sync_centered(model: Module, process_group: dist.ProcessGroup | None
 
     Example:
         >>> import torch.distributed as dist
+        >>> from torch import nn
         >>> from mylayers import CenteredLayer
         >>> from mylayers.distributed import convert_sync_centered
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> convert_sync_centered(torch.nn.Sequential(CenteredLayer()))
+        >>> convert_sync_centered(nn.Sequential(CenteredLayer()))
         Sequential(
           (0): CenteredLayer(ranks=[0])
         )
@@ -89,18 +90,6 @@ def convert_sync_centered(model: Module, process_group: dist.ProcessGroup | None
 # ---- tensor parallelism ----------------------------------------------------------------
 
 
-def _distribute(style: Any, module: MyLinear, mesh: DeviceMesh, **placements: Placement) -> None:
-    if is_lazy(module.weight):
-        raise ValueError(
-            f"{type(style).__name__}: {type(module).__name__} is uninitialized: its sizes are not "
-            "known before the first input, so it cannot be sharded yet"
-        )
-    for name, placement in placements.items():
-        parameter = module.get_parameter(name)
-        shard = distribute_tensor(parameter, mesh, [placement], src_data_rank=style.src_data_rank)
-        module.register_parameter(name, nn.Parameter(shard, parameter.requires_grad))
-
-
 class ColwiseParallel(parallel.ColwiseParallel):
     """PyTorch's style of the same name, for :class:`mylayers.MyLinear` too.
 
@@ -121,11 +110,19 @@ class ColwiseParallel(parallel.ColwiseParallel):
         The layer's operator on ``DTensor``: mylayers/distributed.py.
 
     Example:
+        >>> import torch.distributed as dist
+        >>> from torch import nn
         >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from mylayers import MyLinear
         >>> from mylayers.distributed import ColwiseParallel, RowwiseParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1,))
+        >>> net = nn.Sequential(MyLinear(4, 8), MyLinear(8, 2))
         >>> plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
-        >>> def shard(net, mesh):
-        ...     return parallelize_module(net, mesh, plan)
+        >>> net = parallelize_module(net, mesh, plan)
+        >>> [layer.weight.placements for layer in net]
+        [(Shard(dim=1),), (Shard(dim=0),)]
+        >>> dist.destroy_process_group()
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -159,7 +156,11 @@ class RowwiseParallel(parallel.RowwiseParallel):
         The layer's operator on ``DTensor``: mylayers/distributed.py.
 
     Example:
-        See :class:`ColwiseParallel`.
+        Together with :class:`ColwiseParallel`, as there.
+
+        >>> from mylayers.distributed import RowwiseParallel
+        >>> RowwiseParallel().output_layouts
+        (Replicate(),)
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -224,9 +225,8 @@ def _finish(
 # A row has a placement for each result, then for each tensor argument: along one dimension of a
 # mesh, arguments so placed give results so placed. DTensor takes the rows that move least.
 #
-# The public register_sharding would apply a row to another activation or mask than it is right
-# for, as its cache is told of no arguments but tensors and integers, and would gather every tensor
-# of fewer rows than there are processes. So these are registered a level below it.
+# The public register_sharding knows of no arguments but tensors and integers in its cache's key: it
+# took a mask's rows for another's. It also gathers what has fewer rows than there are processes.
 
 _Rows = list[list[Placement | None]]
 

@@ -84,11 +84,13 @@ def _elu(layer: nn.ELU) -> _Layer | Unfused:
 
 
 def _centered(layer: CenteredLayer) -> _Layer | Unfused:
+    if layer._group is not None:
+        return Unfused("its mean is over several processes")
     dims = (layer.dim,) if isinstance(layer.dim, int) else layer.dim
     if dims is not None and not (type(dims) is tuple and all(type(d) is int for d in dims)):
         return Unfused("its dim is neither None nor an int nor a tuple of them")
     step = f"center({','.join(map(str, dims))})" if dims else "center"
-    return _Layer(step, (("dim", layer.dim),))
+    return _Layer(step, (("dim", layer.dim), ("_group", None)))
 
 
 def _flatten(layer: nn.Flatten) -> _Layer:

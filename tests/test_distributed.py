@@ -27,7 +27,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mylayers import CenteredLayer, MyLinear, functional
+from mylayers import CenteredLayer, FusedSequential, MyLinear, functional
 from mylayers.distributed import convert_sync_centered
 
 # Steps of rounding apart: sums over a split batch are added in another order.
@@ -114,6 +114,19 @@ def test_fsdp_trains_to_the_parameters_of_one_process() -> None:
     net = sharded(convert_sync_centered(network()))
     assert isinstance(net[0].weight, DTensor)
     assert_same_parameters(train_together(net), train_alone(network()))
+
+
+@in_processes(2)
+def test_fused_networks_train_to_the_parameters_of_one_process() -> None:
+    # A mean over processes is left out of the chain, and taken into it without a process group.
+    for wrap in (DistributedDataParallel, fully_shard):
+        net = FusedSequential(*network())
+        net(torch.randn(2, 5, dtype=torch.float64))
+        net = wrap(convert_sync_centered(net))
+        assert_same_parameters(train_together(net), train_alone(network()))
+    plain = [FusedSequential(MyLinear(5, 7), MyLinear(7, 3)).double() for _ in range(2)]
+    plain[1].load_state_dict(plain[0].state_dict())
+    assert_same_parameters(train_together(fully_shard(plain[0])), train_alone(plain[1]))
 
 
 @in_processes(2)
@@ -435,7 +448,7 @@ def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("fsdp", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_the_example_gets_the_result_of_one_process(fsdp: list[str]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_example(*torchrun, str(EXAMPLE), "--epochs", "2", *fsdp)
+    done = run_example(*torchrun, str(EXAMPLE), "--epochs", "1", *fsdp)
     assert done.returncode == 0, done.stdout + done.stderr
     # Once each: nothing but process 0 reports.
     assert done.stdout.count("training in 2 processes") == 1

@@ -10,6 +10,7 @@ MODULES = [
     "mylayers",
     "mylayers._extension",
     "mylayers.convert",
+    "mylayers.distributed",
     "mylayers.functional",
     "mylayers.layers",
     "mylayers.onnx",
@@ -17,7 +18,9 @@ MODULES = [
 ]
 PUBLIC = [
     (module.__name__, name)
-    for module in map(importlib.import_module, ["mylayers.functional", "mylayers.layers"])
+    for module in map(
+        importlib.import_module, ["mylayers.distributed", "mylayers.functional", "mylayers.layers"]
+    )
     for name in module.__all__
 ]
 FINDER = doctest.DocTestFinder(exclude_empty=False)

@@ -21,12 +21,13 @@ from torch.distributed.tensor import (
     Placement,
     Replicate,
     Shard,
+    distribute_module,
     distribute_tensor,
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
-from mylayers import CenteredLayer, LazyMyLinear, MyLinear, functional, reference
+from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, functional, reference
 from mylayers.distributed import ColwiseParallel, RowwiseParallel
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -334,6 +335,24 @@ def test_styles_take_stock_modules_too_and_shard_what_they_are_given() -> None:
     twin = copy.deepcopy(frozen)
     x = draw(4, 2)  # this process's half of four inputs
     assert torch.equal(twin(x), frozen(x))
+
+
+@in_processes(2)
+def test_a_fused_network_of_dtensors_runs_its_layers() -> None:
+    alone = FusedSequential(MyLinear(3, 8), CenteredLayer(), MyLinear(8, 4)).double()
+    plan = {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
+    styled = parallelize_module(copy.deepcopy(alone), line(), plan)
+    placed_by_hand = distribute_module(copy.deepcopy(alone), line())
+    x = draw(5, 3)
+    alone(x).sum().backward()
+    for net in (styled, placed_by_hand):
+        y = net(distribute_tensor(x, line(), [Replicate()]))
+        torch.testing.assert_close(
+            y.full_tensor() if isinstance(y, DTensor) else y, alone(x), **CLOSE
+        )
+        y.sum().backward()
+        for a, b in zip(net.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, **CLOSE)
 
 
 @in_processes(2)
