@@ -302,7 +302,7 @@ def _center(
     if split:
         total = sync.sum_wide(local, dims)
         for mesh_dim in split:
-            total = sync.all_reduce(total, (x.device_mesh, mesh_dim))
+            total = sync.all_reduce(total, x.device_mesh.get_group(mesh_dim).group_name)
         mean = total / math.prod([x.size(d) for d in dims])
         centered = local - mean.to(local.dtype)
     else:
