@@ -160,7 +160,7 @@ def test_the_gradients_asked_for_are_a_part_of_the_rule() -> None:
     backward = torch.ops.mylayers.linear_act_backward
     grad, x, weight = (placed(draw(4, 4), mesh, (Shard(0),)).detach() for _ in range(3))
     g, whole_x, w = (t.full_tensor() for t in (grad, x, weight))
-    for mask in itertools.product((True, False), repeat=3):
+    for mask in itertools.product((False, True), repeat=3):
         gradients = backward(
             grad, x if mask[1] else None, weight if mask[0] else None, None, None, mask
         )
