@@ -8,6 +8,7 @@ is replaced when one fails, as its processes may then be waiting for each other.
 import functools
 import inspect
 import multiprocessing
+import sys
 import tempfile
 import time
 import traceback
@@ -81,6 +82,8 @@ class Processes:
 
 def _serve(connection: Connection, store: str, rank: int, world: int) -> None:
     """What a process of a group does: one test after another."""
+    # Tests arrive by the names that pytest gives their files, seen from the root.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
     import torch.distributed as dist
 
