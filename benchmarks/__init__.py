@@ -1,6 +1,6 @@
 """How fast the layers are beside what else computes them: ``python -m benchmarks``.
 
-- ``cases``: what is computed (layers, candidates, shapes, suites);
+- ``cases``: what is computed (layers and networks, candidates, shapes, suites);
 - ``peers``: how a candidate is made ready (compiled, frozen, in ONNX Runtime);
 - ``limits``: what this machine can do at best; ``limits.cpp`` is its compiled half;
 - ``measure``: one case, verified against ``mylayers.reference``, then timed;

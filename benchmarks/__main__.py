@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import limits, machine, report
-from benchmarks.cases import DTYPES, SUITES
+from benchmarks.cases import DTYPES, FAMILIES, SUITES
 from benchmarks.measure import THRESHOLD, Case, Result, VerificationError, measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SECONDS = 0.6  # of timing for a case
 QUICK_SECONDS = 0.3
-WIDTH = 160  # of the tables, where no terminal tells its own
+WIDTH = 180  # of the tables, where no terminal tells its own
 
 
 def _count(text: str) -> int:
@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         help="one measurement for each number; default: %(default)s",
     )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
-    parser.add_argument("--only", choices=SUITES, nargs="+", help="these suites; default: all")
+    parser.add_argument(
+        "--only",
+        choices=[*FAMILIES, *SUITES],
+        nargs="+",
+        help="these suites, or all whose names begin so; default: all",
+    )
     parser.add_argument(
         "--shape", nargs="+", help="only these of the shapes, such as 32x64x64; default: all"
     )
@@ -63,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     return [
         Case(name, shape, dtype, arguments.device, threads)
-        for name in dict.fromkeys(arguments.only or SUITES)
+        for name in SUITES
+        if not arguments.only or {name, name.partition("-")[0]} & set(arguments.only)
         for dtype in dict.fromkeys(arguments.dtype)
         for threads in dict.fromkeys(arguments.threads)
         for shape in SUITES[name].grid(dtype, arguments.quick)

@@ -4,20 +4,32 @@ A new way to compute a layer is one entry of its candidates, a new layer or sett
 ``SUITES``.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 from benchmarks.limits import Work
-from benchmarks.peers import Build, compiled, eager, module, onnx_runtime, operator
-from mylayers import CenteredLayer, MyLinear, functional, reference
+from benchmarks.peers import (
+    Build,
+    compiled,
+    eager,
+    module,
+    numpy_network,
+    onnx_network,
+    onnx_runtime,
+    operator,
+)
+from mylayers import CenteredLayer, FusedSequential, MyLinear, functional, reference
 
 SUBJECT = "mylayers"  # the candidate that every suite has; the others are its peers
-NOTEBOOK = "notebook"  # the peer that every suite has
+NOTEBOOK = "notebook"  # the baseline of a layer
+STOCK = "stock"  # the baseline of a network
 
 
 @dataclass(frozen=True)
@@ -27,20 +39,28 @@ class Shape:
     Attributes:
         sizes: as the layer's ``draw`` reads them.
         dim: what ``center`` averages over; None for everything.
+        activation: between the layers of a network; None for what is no network.
     """
 
     sizes: tuple[int, ...]
     dim: tuple[int, ...] | None = None
+    activation: str | None = None
 
     def __str__(self) -> str:
-        """For tables, files and ``--shape``."""
-        sizes = "x".join(map(str, self.sizes))
+        """For tables, files and ``--shape``; ``1x64^5`` is a row through five widths of 64."""
+        rows, *rest = self.sizes
+        runs = [(size, len(list(run))) for size, run in itertools.groupby(rest)]
+        parts = ["x".join([f"{size}"] * n) if n < 4 else f"{size}^{n}" for size, n in runs]
+        sizes = "x".join([f"{rows}", *parts])
+        if self.activation is not None:
+            return f"{sizes} {self.activation}"
         return sizes if self.dim is None else f"{sizes} dim={','.join(map(str, self.dim))}"
 
     @property
-    def options(self) -> dict[str, tuple[int, ...]]:
+    def options(self) -> dict[str, Any]:
         """The arguments beside the tensors."""
-        return {} if self.dim is None else {"dim": self.dim}
+        options = {"dim": self.dim, "activation": self.activation}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -53,12 +73,14 @@ class Candidate:
             beforehand, outside the timing, and their gradients are turned back.
         yardstick: whether it computes something else, which is only there to compare with.
         restless: whether it brings threads of its own, which spin after a step.
+        rows: the only number of rows that it is there for; None for any.
     """
 
     build: Build
     transposed: tuple[int, ...] = ()
     yardstick: bool = False
     restless: bool = False
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +89,13 @@ class Layer:
 
     Attributes:
         draw: random arguments for a shape, from a generator.
-        define: the formula that all candidates must agree with.
-        kink: where this is zero the gradient jumps; None if it nowhere does.
+        define: the formula that all candidates must agree with; beside the arguments, in float64,
+            it is given the ``dtype`` that results are stored in.
+        kinks: given the same, at which elements of the output a gradient may jump by rounding
+            alone; None if it nowhere does.
         terms: how many terms are added up for an element of the output, then of the gradient
             of each argument: what rounding grows with.
+        stages: how many such sums follow one another, at most.
         work: the least that a step with the gradients of these arguments must do.
         size: multiply-adds, or elements where there are none.
         size_unit: what ``size`` counts.
@@ -78,8 +103,9 @@ class Layer:
 
     draw: Callable[[Shape, torch.Generator], tuple[Tensor, ...]]
     define: Callable[..., Tensor]
-    kink: Callable[..., Tensor] | None
+    kinks: Callable[..., Tensor] | None
     terms: Callable[[Shape], tuple[int, ...]]
+    stages: Callable[[Shape], int]
     work: Callable[[Shape, tuple[int, ...]], Work]
     size: Callable[[Shape], int]
     size_unit: str
@@ -92,11 +118,13 @@ class Suite:
     Attributes:
         title: for people.
         layer: what is computed.
-        candidates: by name; ``SUBJECT``, ``NOTEBOOK`` and others.
-        gradients: the positions of the arguments whose gradients a step computes; a step is
-            forward without gradients if there are none.
+        candidates: by name; ``SUBJECT``, ``baseline`` and others.
+        gradients: the positions of the arguments whose gradients a step computes, as far as a
+            shape has them; a step is forward without gradients if there are none.
         shapes: the full grid.
         quick: the part of it that ``--quick`` measures.
+        baseline: the peer that summaries and plots name.
+        trains: whether a step is one of training: forward, loss, backward, SGD.
     """
 
     title: str
@@ -105,6 +133,13 @@ class Suite:
     gradients: tuple[int, ...]
     shapes: tuple[Shape, ...]
     quick: tuple[Shape, ...]
+    baseline: str = NOTEBOOK
+    trains: bool = False
+
+    def gradients_at(self, shape: Shape) -> tuple[int, ...]:
+        """The positions of the arguments whose gradients a step computes at a shape."""
+        arguments = len(self.layer.terms(shape)) - 1
+        return tuple(position for position in self.gradients if position < arguments)
 
     def grid(self, dtype: str, quick: bool) -> list[Shape]:
         """The shapes to measure in a dtype."""
@@ -115,6 +150,16 @@ class Suite:
         ]
 
 
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """The error that rounding explains, as a share of the largest element.
+
+    Twice the last bit of the result, since a formula of several operators rounds more than
+    once; and sums, formed in float32 at least, whose errors add up like a random walk.
+    """
+    accumulator = torch.promote_types(dtype, torch.float32)
+    return 2 * (torch.finfo(dtype).eps + torch.finfo(accumulator).eps * math.sqrt(terms))
+
+
 def _draw_linear(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
     rows, in_units, units = shape.sizes
     return (
@@ -122,6 +167,15 @@ def _draw_linear(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]
         torch.randn(in_units, units, generator=generator) / math.sqrt(in_units),
         torch.randn(units, generator=generator),
     )
+
+
+def _define_linear(x: Tensor, weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
+    return reference.linear_act(x, weight, bias)
+
+
+def _linear_kinks(x: Tensor, weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> Tensor:
+    height = reference.linear_act(x, weight, bias, activation=None).abs()
+    return height <= rounding(dtype, x.shape[1] + 1) * height.max()
 
 
 def _linear_terms(shape: Shape) -> tuple[int, ...]:
@@ -148,6 +202,10 @@ def _draw_center(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]
     return (torch.randn(shape.sizes, generator=generator) + 1,)
 
 
+def _define_center(x: Tensor, *, dtype: torch.dtype, **options: Any) -> Tensor:  # noqa: ARG001
+    return reference.center(x, **options)
+
+
 def _center_terms(shape: Shape) -> tuple[int, ...]:
     # Both the kernels and torch.mean sum in chunks or pairs, not one by one.
     depth = math.prod(shape.sizes).bit_length()
@@ -160,15 +218,80 @@ def _center_work(shape: Shape, gradients: tuple[int, ...]) -> Work:
     return Work(passes * 2 * size, passes * 2 * size)
 
 
+def _draw_network(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    rows, *widths = shape.sizes
+    drawn = [torch.randn(rows, widths[0], generator=generator)]
+    for in_units, units in itertools.pairwise(widths):
+        # As nn.Linear keeps it.
+        drawn.append(torch.randn(units, in_units, generator=generator) / math.sqrt(in_units))
+        drawn.append(torch.randn(units, generator=generator))
+    return tuple(drawn)
+
+
+def _layers(
+    parameters: Sequence[Tensor], activation: str
+) -> list[tuple[Tensor, Tensor, str | None]]:
+    """Weight, bias and activation of each layer; the last has no activation."""
+    hidden = len(parameters) // 2 - 1
+    activations = [*[activation] * hidden, None]
+    return list(zip(parameters[::2], parameters[1::2], activations, strict=True))
+
+
+def _define_network(x: Tensor, *parameters: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    for weight, bias, name in _layers(parameters, activation):
+        x = reference.linear_act(x, weight.t(), bias, name)
+        # The next layer reads what was stored; on which side of its kink it lies depends on it.
+        x = x + (x.detach().to(dtype).double() - x.detach())
+    return x
+
+
+def _network_kinks(x: Tensor, *parameters: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    near = torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device)
+    if activation == "relu":
+        accumulator = torch.promote_types(dtype, torch.float32)
+        for stage, (weight, bias, _) in enumerate(_layers(parameters, activation)[:-1], start=1):
+            height = reference.linear_act(x, weight.t(), bias, None)
+            share = stage * rounding(accumulator, x.shape[1] + 1)
+            near |= (height.abs() <= share * height.abs().max()).any(1, keepdim=True)
+            x = height.relu().to(dtype).double()
+    return near.expand(-1, parameters[-1].shape[0])
+
+
+def _network_terms(shape: Shape) -> tuple[int, ...]:
+    rows, *widths = shape.sizes
+    sums = max(widths) + 1
+    return sums, sums, *[max(rows, sums)] * (2 * (len(widths) - 1))
+
+
+def _network_work(shape: Shape, gradients: tuple[int, ...]) -> Work:
+    rows, *widths = shape.sizes
+    weights = [in_units * units for in_units, units in itertools.pairwise(widths)]
+    parameters = sum(weights) + sum(widths[1:])
+    products, output = [2 * rows * weight for weight in weights], rows * widths[-1]
+    operations, elements = sum(products), rows * widths[0] + parameters + output
+    if gradients:  # those of the parameters
+        operations += 2 * sum(products) - products[0]
+        # What came out of the layers between is kept and read, and so are all weights but the
+        # first; the output's gradient comes in. Loss and optimiser are not counted.
+        elements += 2 * rows * sum(widths[1:-1]) + sum(weights[1:]) + parameters + output
+    return Work(operations, elements)
+
+
+def _network_size(shape: Shape) -> int:
+    rows, *widths = shape.sizes
+    return rows * sum(in_units * units for in_units, units in itertools.pairwise(widths))
+
+
 def _size(shape: Shape) -> int:
     return math.prod(shape.sizes)
 
 
 LINEAR = Layer(
     draw=_draw_linear,
-    define=reference.linear_act,
-    kink=lambda x, weight, bias: reference.linear_act(x, weight, bias, activation=None),
+    define=_define_linear,
+    kinks=_linear_kinks,
     terms=_linear_terms,
+    stages=lambda _: 1,
     work=_linear_work,
     size=_size,
     size_unit="multiply-adds",
@@ -176,12 +299,24 @@ LINEAR = Layer(
 
 CENTER = Layer(
     draw=_draw_center,
-    define=reference.center,
-    kink=None,
+    define=_define_center,
+    kinks=None,
     terms=_center_terms,
+    stages=lambda _: 1,
     work=_center_work,
     size=_size,
     size_unit="elements",
+)
+
+NETWORK = Layer(
+    draw=_draw_network,
+    define=_define_network,
+    kinks=_network_kinks,
+    terms=_network_terms,
+    stages=lambda shape: 2 * (len(shape.sizes) - 2) - 1,  # through all layers, and back
+    work=_network_work,
+    size=_network_size,
+    size_unit="multiply-adds",
 )
 
 
@@ -215,7 +350,11 @@ class _NotebookCentered(nn.Module):
 
 
 def _with_values(made: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    made.weight, made.bias = nn.Parameter(weight), nn.Parameter(bias)
+    # A parameter that is given stays itself: its gradient is looked at.
+    made.weight, made.bias = (
+        value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        for value in (weight, bias)
+    )
     return made
 
 
@@ -224,10 +363,36 @@ def _my_linear(weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 def _stock_linear(weight: Tensor, bias: Tensor) -> nn.Module:
+    return nn.Sequential(_lone_linear(weight, bias), nn.ReLU())
+
+
+def _lone_linear(weight: Tensor, bias: Tensor) -> nn.Module:
     units, in_units = weight.shape
-    return nn.Sequential(
-        _with_values(nn.Linear(in_units, units, device="meta"), weight, bias), nn.ReLU()
-    )
+    return _with_values(nn.Linear(in_units, units, device="meta"), weight, bias)
+
+
+_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def _modules(parameters: Sequence[Tensor], activation: str) -> list[nn.Module]:
+    made: list[nn.Module] = []
+    for weight, bias, name in _layers(parameters, activation):
+        made.append(_lone_linear(weight, bias))
+        if name is not None:
+            made.append(_ACTIVATIONS[name]())
+    return made
+
+
+def _fused_network(*parameters: Tensor, activation: str) -> nn.Module:
+    return FusedSequential(*_modules(parameters, activation))
+
+
+def _stock_network(*parameters: Tensor, activation: str) -> nn.Module:
+    return nn.Sequential(*_modules(parameters, activation))
+
+
+def _first_linear(*parameters: Tensor, activation: str) -> nn.Module:
+    return _modules(parameters, activation)[0]
 
 
 _LINEAR_EAGER = {
@@ -282,8 +447,33 @@ CENTER_MODULE = {
 }
 
 
+_NETWORK_EAGER = {
+    SUBJECT: Candidate(eager(module(_fused_network))),
+    STOCK: Candidate(eager(module(_stock_network))),
+}
+NETWORK_INFERENCE = {
+    **_NETWORK_EAGER,
+    "compile": Candidate(compiled(module(_stock_network))),
+    "reduce-overhead": Candidate(compiled(module(_stock_network), mode="reduce-overhead")),
+    "max-autotune": Candidate(compiled(module(_stock_network), mode="max-autotune", freezing=True)),
+    "one-linear": Candidate(eager(module(_first_linear)), yardstick=True),  # its first layer alone
+    "onnxruntime": Candidate(onnx_network, restless=True),
+    "numpy": Candidate(numpy_network, restless=True, rows=1),
+}
+NETWORK_TRAINING = {
+    **_NETWORK_EAGER,
+    "compile": Candidate(compiled(module(_stock_network))),
+    "reduce-overhead": Candidate(compiled(module(_stock_network), mode="reduce-overhead")),
+    "max-autotune": Candidate(compiled(module(_stock_network), mode="max-autotune")),
+}
+
+
 def _shapes(*sizes: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(map(Shape, sizes))
+
+
+def _networks(activation: str, *sizes: tuple[int, ...]) -> tuple[Shape, ...]:
+    return tuple(Shape(each, activation=activation) for each in sizes)
 
 
 TALL = Shape((262_144, 64, 64))
@@ -333,6 +523,38 @@ CENTER_DIM_SHAPES = tuple(
         ((size, size // 4, 4), (1,)),
     )
 )
+
+# Rows, then widths. A case costs 10 seconds of compiling, so each activation has half of them.
+_POLICY = (64, 64, 64, 8)
+POLICIES = tuple(
+    Shape((rows, *_POLICY), activation=activation)
+    for rows in (1, 32, 256)
+    for activation in ("relu", "tanh")
+)
+NETWORK_SHAPES = (
+    *POLICIES,
+    *_networks(
+        "relu",
+        (1, *[16] * 3),
+        (32, *[256] * 5),
+        (4096, *[64] * 5),
+        (1, *[1024] * 5),
+        (32, *[1024] * 3),
+        (256, *[1024] * 5),
+    ),
+    *_networks(
+        "tanh",
+        (4096, *[16] * 9),
+        (1, *[256] * 5),
+        (256, *[256] * 5),
+        (4096, *[256] * 3),
+        (4, *[1024] * 9),
+        (4096, *[1024] * 3),
+    ),
+)
+NETWORK_TRAINING_SHAPES = (*POLICIES, *NETWORK_SHAPES[6::2])
+NETWORK_BACKWARD_SHAPES = (*POLICIES[1::2], *NETWORK_SHAPES[11:15:3])
+MOST_PARAMETERS = 2 * 8  # of a network of the deepest kind
 
 # Minutes each: fresh memory for every output of the one; stock float16 at the other.
 SKIPPED: Mapping[str, tuple[Shape, ...]] = {
@@ -406,7 +628,38 @@ SUITES: dict[str, Suite] = {
         CENTER_SHAPES[:4],
         CENTER_SHAPES[:2],
     ),
+    "networks-forward": Suite(
+        "FusedSequential of nn.Linear and activations, without gradients",
+        NETWORK,
+        NETWORK_INFERENCE,
+        (),
+        NETWORK_SHAPES,
+        POLICIES[:3:2],
+        STOCK,
+    ),
+    "networks-training": Suite(
+        "FusedSequential, a step of training: forward, loss, backward, SGD",
+        NETWORK,
+        NETWORK_TRAINING,
+        tuple(range(1, MOST_PARAMETERS + 1)),
+        NETWORK_TRAINING_SHAPES,
+        POLICIES[:3:2],
+        STOCK,
+        trains=True,
+    ),
+    "networks-backward": Suite(
+        "FusedSequential, forward and backward, gradients of all parameters",
+        NETWORK,
+        NETWORK_TRAINING,
+        tuple(range(1, MOST_PARAMETERS + 1)),
+        NETWORK_BACKWARD_SHAPES,
+        POLICIES[1:2],
+        STOCK,
+    ),
 }
+
+# What "--only" takes beside the suites: all whose names begin so.
+FAMILIES = tuple(dict.fromkeys(name.partition("-")[0] for name in SUITES))
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

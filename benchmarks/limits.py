@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Spread, Step, take_turns, training_step
+from benchmarks.timing import Spread, Step, backward_step, take_turns
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "benchmarks"
@@ -99,7 +99,10 @@ class Limits:
         bounds = {
             "compute": work.operations / self.peak[dtype],
             "memory": moved / self.bandwidth(moved),
-            "call": self.nodes[gradients] if gradients else self.calls[ALLOCATION],
+            # A node of more gradients than were measured costs no less.
+            "call": self.nodes[min(gradients, max(self.nodes))]
+            if gradients
+            else self.calls[ALLOCATION],
         }
         binding = max(bounds, key=bounds.__getitem__)
         return Limit(bounds[binding], binding)
@@ -220,7 +223,7 @@ def _nodes(library: ModuleType) -> dict[int, float]:
         arguments = _small_arguments()
         leaves = [argument.requires_grad_() for argument in arguments[:gradients]]
         forward = functools.partial(library.differentiable, *arguments, "relu")
-        steps[str(gradients)] = training_step(forward, leaves, torch.ones(2, 8))
+        steps[str(gradients)] = backward_step(forward, leaves, torch.ones(2, 8))
     with torch.enable_grad():
         return {int(name): seconds for name, seconds in _medians(steps).items()}
 

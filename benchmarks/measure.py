@@ -1,18 +1,18 @@
 """One case: every candidate is verified against ``mylayers.reference``, then all are timed."""
 
 import dataclasses
-import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
-from benchmarks.cases import DTYPES, NOTEBOOK, SUBJECT, Candidate, Shape, Suite
+from benchmarks.cases import DTYPES, SUBJECT, Candidate, Shape, Suite, rounding
 from benchmarks.limits import Limit, Limits, Work
-from benchmarks.timing import Spread, Step, sample, take_turns, training_step
+from benchmarks.timing import Spread, Step, backward_step, sample, take_turns, training_step
 
 THRESHOLD = 0.97  # of the fastest peer's speed: below it, ours is slower
 TOO_SLOW = 20  # times slower than ours is not worth its time,
@@ -83,18 +83,8 @@ class Result:
         return self.ratios[self.best_peer]
 
 
-def rounding(dtype: torch.dtype, terms: int) -> float:
-    """The error that rounding explains, as a share of the largest element.
-
-    Twice the last bit of the result, since a formula of several operators rounds more than
-    once; and sums, formed in float32 at least, whose errors add up like a random walk.
-    """
-    accumulator = torch.promote_types(dtype, torch.float32)
-    return 2 * (torch.finfo(dtype).eps + torch.finfo(accumulator).eps * math.sqrt(terms))
-
-
 class Problem:
-    """The arguments of a case, the gradient that comes in, and what must come out."""
+    """The arguments of a case, the gradient or target that comes in, and what must come out."""
 
     def __init__(self, suite: Suite, case: Case) -> None:
         dtype = DTYPES[case.dtype]
@@ -104,32 +94,40 @@ class Problem:
             return tensor.to(case.device, dtype)
 
         self.dtype = dtype
-        self.gradients = suite.gradients
+        self.gradients = suite.gradients_at(case.shape)
         self.options = case.shape.options
         self.arguments = [place(drawn) for drawn in suite.layer.draw(case.shape, generator)]
         self.grad_output: Tensor | None = None
+        self.target: Tensor | None = None
         output_terms, *gradient_terms = suite.layer.terms(case.shape)
-        self.terms = [output_terms, *(gradient_terms[position] for position in self.gradients)]
+        terms = [output_terms, *(gradient_terms[position] for position in self.gradients)]
+        stages = suite.layer.stages(case.shape)
+        self.allowed = [stages * rounding(dtype, each) for each in terms]
 
         exact = [
             argument.to(torch.float64, copy=True).requires_grad_(position in self.gradients)
             for position, argument in enumerate(self.arguments)
         ]
-        output = suite.layer.define(*exact, **self.options)
+        output = suite.layer.define(*exact, dtype=dtype, **self.options)
         self.expected = [output.detach()]
         if self.gradients:
             # Away from a mean of 0, which would hide a gradient that is not centered; not so far
             # that a sum of it overflows float16, since the notebook's formula forms one.
             mean = min(1, torch.finfo(dtype).max / (4 * output.numel()))
             drawn = torch.randn(output.shape, generator=generator) + mean
-            if suite.layer.kink is not None:
-                # On which side of the kink an element lies may be a matter of rounding. No
-                # gradient comes in there, so that every candidate has the same one to give.
+            if suite.layer.kinks is not None:
+                # No gradient comes in there, so that every candidate has the same one to give.
                 with torch.no_grad():
-                    height = suite.layer.kink(*exact).abs()
-                drawn[(height <= rounding(dtype, output_terms) * height.max()).cpu()] = 0
-            self.grad_output = place(drawn)
-            output.backward(self.grad_output.double())
+                    kinks = suite.layer.kinks(*exact, dtype=dtype, **self.options)
+                drawn[kinks.cpu()] = 0
+                if not drawn.any():
+                    raise VerificationError(f"{case}: rounding may decide about every gradient")
+            if suite.trains:
+                self.target = place(output.detach() - drawn.to(case.device))
+                F.mse_loss(output, self.target.double(), reduction="sum").backward()
+            else:
+                self.grad_output = place(drawn)
+                output.backward(self.grad_output.double())
             self.expected += [exact[position].grad for position in self.gradients]
 
     def prepare(self, candidate: Candidate) -> tuple[Step, Callable[[], list[Tensor | None]]]:
@@ -142,9 +140,11 @@ class Problem:
             argument.t().contiguous() if position in candidate.transposed else argument.detach()
             for position, argument in enumerate(self.arguments)
         ]
-        leaves = [arguments[position].requires_grad_() for position in self.gradients]
+        for position in self.gradients:
+            arguments[position] = nn.Parameter(arguments[position])
+        leaves = [arguments[position] for position in self.gradients]
         call = candidate.build(*arguments, **self.options)
-        if self.grad_output is None:
+        if not leaves:
             return call, list
 
         def gradients() -> list[Tensor | None]:
@@ -154,7 +154,9 @@ class Problem:
                 for position, grad in zip(self.gradients, found, strict=True)
             ]
 
-        return training_step(call, leaves, self.grad_output), gradients
+        if self.target is not None:
+            return training_step(call, leaves, self.target), gradients
+        return backward_step(call, leaves, self.grad_output), gradients
 
     def verify(self, got: Sequence[Tensor | None], who: str) -> None:
         """Compare an output, and the gradients that follow it, with what must come out.
@@ -167,7 +169,7 @@ class Problem:
             VerificationError: one of them is off.
         """
         names = ["the output", *(f"gradient {n} of the inputs" for n in self.gradients)]
-        for name, value, right, terms in zip(names, got, self.expected, self.terms, strict=True):
+        for name, value, right, share in zip(names, got, self.expected, self.allowed, strict=True):
             if value is None:
                 raise VerificationError(f"{who}: {name} is missing")
             if (value.shape, value.dtype) != (right.shape, self.dtype):
@@ -176,7 +178,7 @@ class Problem:
                     f"got {value.dtype} {tuple(value.shape)}"
                 )
             error = (value.detach().double() - right).abs().max().item()
-            allowed = rounding(self.dtype, terms) * right.abs().max().item()
+            allowed = share * right.abs().max().item()
             if not error <= allowed:  # NaN is refused as well
                 raise VerificationError(
                     f"{who}: {name} is off by {error:.2e}, where rounding explains {allowed:.2e}"
@@ -237,13 +239,15 @@ def _verified_steps(
     first: dict[str, float] = {}
     left_out: dict[str, str] = {}
     for name, candidate in suite.candidates.items():
+        if candidate.rows not in (None, case.shape.sizes[0]):
+            continue
         try:
             step, gradients = problem.prepare(candidate)
             start = time.perf_counter()
             output = step()
             first[name] = time.perf_counter() - start
         except Exception as error:
-            if name in (SUBJECT, NOTEBOOK):
+            if name in (SUBJECT, suite.baseline):
                 raise
             reason = str(error).strip().partition("\n")[0]
             left_out[name] = f"{type(error).__name__}: {reason}"
@@ -291,12 +295,13 @@ def _result(
         seconds[name] = Spread(single, single, single)
         ours = seconds[SUBJECT]
         ratios[name] = Spread(single / ours.median, single / ours.high, single / ours.low)
-    work = suite.layer.work(case.shape, suite.gradients)
+    gradients = suite.gradients_at(case.shape)
+    work = suite.layer.work(case.shape, gradients)
     return Result(
         case=case,
         size=suite.layer.size(case.shape),
         work=work,
-        limit=limits.of(work, case.dtype, len(suite.gradients)) if limits else None,
+        limit=limits.of(work, case.dtype, len(gradients)) if limits else None,
         rounds=len(own),
         remeasured=False,
         seconds=seconds,

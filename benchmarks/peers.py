@@ -7,9 +7,10 @@ all that need not be timed (compiling, freezing, packing) and returns the call t
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ Call = Callable[[], Tensor]
 Build = Callable[..., Call]
 Bound = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # what is called, and with what
 Bind = Callable[..., Bound]
+_OnnxLayer = tuple[Tensor, Tensor, str | None]  # weight (in_units, units), bias, activation
 
 
 def operator(function: Callable[..., Tensor]) -> Bind:
@@ -78,9 +80,52 @@ def compiled(bind: Bind, *, freezing: bool = False, **settings: Any) -> Build:
 
 
 def onnx_runtime(x: Tensor, weight: Tensor, bias: Tensor) -> Call:
-    """``relu(x @ weight + bias)`` in ONNX Runtime, weight and bias being constants.
+    """``relu(x @ weight + bias)`` in ONNX Runtime, weight and bias being constants."""
+    return _onnx_call(x, [(weight, bias, "Relu")])
 
-    Its output goes to memory of PyTorch's or of its own, whichever takes less time.
+
+def onnx_network(x: Tensor, *parameters: Tensor, activation: str) -> Call:
+    """A network in ONNX Runtime, its weights ``(units, in_units)`` and biases being constants."""
+    weights = [weight.t().contiguous() for weight in parameters[::2]]
+    operators = [*[activation.capitalize()] * (len(weights) - 1), None]
+    return _onnx_call(x, list(zip(weights, parameters[1::2], operators, strict=True)))
+
+
+def numpy_network(x: Tensor, *parameters: Tensor, activation: str) -> Call:
+    """A network in NumPy, its BLAS on as many threads as PyTorch."""
+    import numpy as np
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(torch.get_num_threads(), user_api="blas")
+    array = x.numpy()
+    arrays = [parameter.numpy() for parameter in parameters]
+    *hidden, last = zip(arrays[::2], arrays[1::2], strict=True)
+
+    def relu(values: Any) -> None:
+        np.maximum(values, 0, out=values)
+
+    def tanh(values: Any) -> None:
+        np.tanh(values, out=values)
+
+    act = {"relu": relu, "tanh": tanh}[activation]
+
+    def call() -> Tensor:
+        values = array
+        for weight, bias in hidden:
+            values = values @ weight.T
+            values += bias
+            act(values)
+        values = values @ last[0].T
+        values += last[1]
+        return torch.from_numpy(values)
+
+    return call
+
+
+def _onnx_call(x: Tensor, layers: Sequence[_OnnxLayer]) -> Call:
+    """Layers in ONNX Runtime.
+
+    The output goes to memory of PyTorch's or of its own, whichever takes less time.
     """
     import onnxruntime
 
@@ -90,9 +135,9 @@ def onnx_runtime(x: Tensor, weight: Tensor, bias: Tensor) -> Call:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3  # errors
-    model, element_type = _onnx_model(x, weight, bias)
+    model, element_type = _onnx_model(x, layers)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    array, shape = x.numpy(), (x.shape[0], weight.shape[1])
+    array, shape = x.numpy(), (x.shape[0], layers[-1][0].shape[1])
     binding = session.io_binding()
     binding.bind_input("x", "cpu", 0, element_type, x.shape, x.data_ptr())
 
@@ -109,7 +154,7 @@ def onnx_runtime(x: Tensor, weight: Tensor, bias: Tensor) -> Call:
     return min(into_ours, into_its_own, key=lambda call: min(sample(call, 3) for _ in range(3)))
 
 
-def _onnx_model(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[bytes, int]:
+def _onnx_model(x: Tensor, layers: Sequence[_OnnxLayer]) -> tuple[bytes, int]:
     """The serialised graph, and ONNX's number for the dtype of ``x``."""
     from onnx import TensorProto, helper
 
@@ -119,21 +164,23 @@ def _onnx_model(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[bytes, int]:
         torch.bfloat16: TensorProto.BFLOAT16,
         torch.float16: TensorProto.FLOAT16,
     }[x.dtype]
-    constants = [
-        helper.make_tensor(
-            name, element_type, tensor.shape, tensor.view(torch.uint8).numpy().tobytes(), raw=True
-        )
-        for name, tensor in (("weight", weight), ("bias", bias))
+    constants, steps = [], []
+    for n, (weight, bias, activation) in enumerate(layers):
+        for name, tensor in ((f"weight{n}", weight), (f"bias{n}", bias)):
+            data = tensor.view(torch.uint8).numpy().tobytes()
+            constants.append(helper.make_tensor(name, element_type, tensor.shape, data, raw=True))
+        steps += [("MatMul", [f"weight{n}"]), ("Add", [f"bias{n}"])]
+        steps += [(activation, [])] if activation else []
+    values = ["x", *(f"value{n}" for n in range(1, len(steps))), "y"]
+    nodes = [
+        helper.make_node(step, [before, *constant], [after])
+        for (step, constant), (before, after) in zip(steps, itertools.pairwise(values), strict=True)
     ]
     graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "weight"], ["product"]),
-            helper.make_node("Add", ["product", "bias"], ["sum"]),
-            helper.make_node("Relu", ["sum"], ["y"]),
-        ],
-        "linear_act",
+        nodes,
+        "layers",
         [helper.make_tensor_value_info("x", element_type, x.shape)],
-        [helper.make_tensor_value_info("y", element_type, (x.shape[0], weight.shape[1]))],
+        [helper.make_tensor_value_info("y", element_type, (x.shape[0], layers[-1][0].shape[1]))],
         constants,
     )
     # Not the newest, which an ONNX Runtime of last year would refuse.

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from benchmarks.cases import DTYPES, LINEAR, NOTEBOOK, SUBJECT, SUITES, Suite
+from benchmarks.cases import DTYPES, LINEAR, SUBJECT, SUITES, Suite
 from benchmarks.limits import COPY_BYTES, Limits
 from benchmarks.measure import THRESHOLD, Result
 from benchmarks.timing import Spread
@@ -134,6 +134,7 @@ def summarise(
     ]
     return {
         "geometric_mean": {name: statistics.geometric_mean(r) for name, r in ratios.items()},
+        "baseline": suite.baseline,
         "geometric_mean_best": statistics.geometric_mean(r.best_ratio.median for r in results),
         "worst": worst.best_ratio.median,
         "worst_shape": str(worst.case.shape),
@@ -145,9 +146,10 @@ def summarise(
 
 def summary_line(summary: Mapping[str, Any]) -> str:
     """A summary in one line."""
+    baseline = summary["baseline"]
     line = (
         f"Geometric mean: best peer {_times(summary['geometric_mean_best'])}, "
-        f"{NOTEBOOK} {_times(summary['geometric_mean'][NOTEBOOK])}. Worst case: "
+        f"{baseline} {_times(summary['geometric_mean'][baseline])}. Worst case: "
         f"{summary['worst']:.2f}x {summary['worst_peer']} at {summary['worst_shape']}."
     )
     if summary["share_of_peak"] is not None:
@@ -295,15 +297,18 @@ def _ratios_figure(groups: Mapping[Group, Sequence[Result]], title: str) -> Figu
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for panel in panels[len(groups) :]:
         panel.set_axis_off()
+    explained: set[str] = set()
     for panel, key in zip(panels, by_suite, strict=False):
         _ratio_panel(panel, key, sorted(groups[key], key=lambda result: result.size))
-    panels[0].legend(fontsize="small")
+        if SUITES[key[0]].baseline not in explained:
+            explained.add(SUITES[key[0]].baseline)
+            panel.legend(fontsize="small")
     return figure
 
 
 def _ratio_panel(panel: Axes, key: Group, results: Sequence[Result]) -> None:
     name, dtype, device, threads = key
-    for color, peer in (("C0", NOTEBOOK), ("C2", "compile")):
+    for color, peer in (("C0", SUITES[name].baseline), ("C2", "compile")):
         timed = [result for result in results if peer in result.ratios]
         ratios = [result.ratios[peer].median for result in timed]
         # Rings, since one of them is often the best peer.

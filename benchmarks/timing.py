@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 Step = Callable[[], object]
 
@@ -32,7 +34,7 @@ class Spread(NamedTuple):
         return cls(median, low, high)
 
 
-def training_step(
+def backward_step(
     forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad_output: Tensor
 ) -> Callable[[], Tensor]:
     """Forward and backward with a given gradient; the gradients of the step before are dropped."""
@@ -42,6 +44,26 @@ def training_step(
             leaf.grad = None
         output = forward()
         output.backward(grad_output)
+        return output
+
+    return step
+
+
+def training_step(
+    forward: Callable[[], Tensor], parameters: Sequence[Tensor], target: Tensor
+) -> Callable[[], Tensor]:
+    """Forward, loss, backward and SGD, whose rate of 0 costs as much as another.
+
+    It leaves the parameters, which the candidates share, as they are. The loss is a sum, since
+    the gradients of a mean over many elements underflow in float16.
+    """
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        output = forward()
+        F.mse_loss(output, target, reduction="sum").backward()
+        optimizer.step()
         return output
 
     return step

@@ -29,9 +29,13 @@ SUITES = (
     "center-backward",
     "center-dim",
     "center-module",
+    "networks-forward",
+    "networks-training",
+    "networks-backward",
 )
 # Candidates that take seconds to set up: few tests have them.
-SLOW_TO_BUILD = {"compile", "max-autotune", "onnxruntime"}
+SLOW_TO_BUILD = {"compile", "reduce-overhead", "max-autotune", "onnxruntime"}
+YARDSTICKS = {"clone", "one-linear"}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -52,6 +56,8 @@ def bench():
 def tiny_shape(bench, name):
     if name.startswith("linear"):
         return bench.cases.Shape((3, 5, 4))
+    if name.startswith("networks"):
+        return bench.cases.Shape((3, 5, 6, 4), activation="relu")
     return bench.cases.Shape((7, 3), (0,)) if name == "center-dim" else bench.cases.Shape((7,))
 
 
@@ -97,9 +103,11 @@ def tiny_suites(bench, monkeypatch):
 
 
 def check_timed(bench, suite, result):
-    assert list(result.seconds) == list(suite.candidates)
-    assert set(result.ratios) == set(suite.candidates) - {"mylayers"}
-    assert result.best_peer in result.ratios.keys() - {"clone"}
+    rows = {None, result.case.shape.sizes[0]}
+    names = [name for name, candidate in suite.candidates.items() if candidate.rows in rows]
+    assert list(result.seconds) == names
+    assert set(result.ratios) == set(names) - {"mylayers"}
+    assert result.best_peer in result.ratios.keys() - YARDSTICKS
     assert result.rounds >= bench.timing.LEAST_ROUNDS
     assert not result.left_out
     for spread in (*result.seconds.values(), *result.ratios.values()):
@@ -119,7 +127,15 @@ def test_every_eager_candidate_passes_verification_and_is_timed(bench, name, dty
 
 
 @pytest.mark.parametrize(
-    "name", ["linear-forward", "linear-backward", "linear-module", "center-backward"]
+    "name",
+    [
+        "linear-forward",
+        "linear-backward",
+        "linear-module",
+        "center-backward",
+        "networks-forward",
+        "networks-training",
+    ],
 )
 def test_compiled_candidates_pass_verification_in_silence(bench, name, capfd):
     suite = bench.cases.SUITES[name]
@@ -132,14 +148,63 @@ def test_compiled_candidates_pass_verification_in_silence(bench, name, capfd):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_onnx_runtime_passes_verification(bench, dtype):
+@pytest.mark.parametrize("name", ["linear-forward", "networks-forward"])
+def test_onnx_runtime_passes_verification(bench, name, dtype):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    suite = eager_suite(bench, "linear-forward")
-    onnx = bench.cases.SUITES["linear-forward"].candidates["onnxruntime"]
+    suite = eager_suite(bench, name)
+    onnx = bench.cases.SUITES[name].candidates["onnxruntime"]
     suite = dataclasses.replace(suite, candidates={**suite.candidates, "onnxruntime": onnx})
-    result = bench.measure.measure(suite, tiny_case(bench, "linear-forward", dtype), seconds=0)
+    result = bench.measure.measure(suite, tiny_case(bench, name, dtype), seconds=0)
     check_timed(bench, suite, result)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("name", ["networks-forward", "networks-training", "networks-backward"])
+def test_a_network_of_eight_layers_passes_verification(bench, name, activation):
+    suite, shape = eager_suite(bench, name), bench.cases.Shape((1, *[16] * 9), None, activation)
+    assert suite.gradients_at(shape) in ((), tuple(range(1, 17)))
+    result = bench.measure.measure(suite, bench.measure.Case(name, shape, "float32", "cpu", 1), 0)
+    check_timed(bench, suite, result)
+    assert ("numpy" in result.seconds) == (name == "networks-forward")  # for one row
+
+
+def test_all_positions_of_the_deepest_networks_parameters_have_gradients(bench):
+    for name in ("networks-training", "networks-backward"):
+        suite = bench.cases.SUITES[name]
+        for shape in suite.shapes:
+            layers = len(shape.sizes) - 2
+            assert 2 <= layers <= 8
+            assert suite.gradients_at(shape) == tuple(range(1, 2 * layers + 1))
+
+
+def test_a_step_of_training_leaves_gradients_of_the_loss_and_the_parameters_as_they_are(bench):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    target = torch.tensor([0.0, 5.0])
+    step = bench.timing.training_step(lambda: 2 * weight, [weight], target)
+    for _ in range(2):  # the gradient of the step before is dropped
+        assert torch.equal(step(), torch.tensor([2.0, 4.0]))
+        assert torch.equal(weight.grad, torch.tensor([8.0, -4.0]))  # 2 * 2 * (output - target)
+    assert torch.equal(weight, torch.tensor([1.0, 2.0]))
+
+
+def test_sides_of_a_kink_that_rounding_decides_about_leave_nothing_to_verify(bench):
+    suite, case = eager_suite(bench, "networks-training"), tiny_case(bench, "networks-training")
+    kinks = lambda *_, **__: torch.ones(3, 4, dtype=torch.bool)  # noqa: E731
+    suite = dataclasses.replace(suite, layer=dataclasses.replace(suite.layer, kinks=kinks))
+    with pytest.raises(bench.measure.VerificationError, match="rounding may decide"):
+        bench.measure.measure(suite, case, seconds=0)
+
+
+def test_rows_near_the_kink_of_a_hidden_unit_are_found(bench):
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    weights = torch.eye(2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    parameters = weights[0], torch.tensor([0.0, -1e-7]), weights[1], torch.zeros(3)
+    for activation, near in (("relu", [True, False, False]), ("tanh", [False] * 3)):
+        options = {"activation": activation, "dtype": torch.float32}
+        found = bench.cases.NETWORK.kinks(x, *(p.double() for p in parameters), **options)
+        assert found.shape == (3, 3)
+        assert found.all(1).tolist() == found.any(1).tolist() == near
 
 
 def test_a_missing_onnx_runtime_is_left_out_and_said_so(bench, monkeypatch):
@@ -165,14 +230,21 @@ def test_a_peer_that_raises_is_left_out_with_its_reason(bench, name):
     assert "suspect" not in result.ratios
 
 
-@pytest.mark.parametrize("key", ["mylayers", "notebook"])
-def test_what_every_table_needs_may_not_raise(bench, key):
-    def refuse(*_):
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("linear-forward", "mylayers"),
+        ("linear-forward", "notebook"),
+        ("networks-forward", "stock"),
+    ],
+)
+def test_what_every_table_needs_may_not_raise(bench, name, key):
+    def refuse(*_, **__):
         raise ValueError("no")
 
-    suite = with_candidate(bench, "linear-forward", refuse, key)
+    suite = with_candidate(bench, name, refuse, key)
     with pytest.raises(ValueError, match="no"):
-        bench.measure.measure(suite, tiny_case(bench, "linear-forward"), seconds=0)
+        bench.measure.measure(suite, tiny_case(bench, name), seconds=0)
 
 
 def test_a_peer_that_is_far_too_slow_is_not_timed_in_turns(bench, monkeypatch):
@@ -227,6 +299,50 @@ def test_a_wrong_gradient_that_is_wanted_fails_verification(bench, name, which, 
             bench.measure.measure(suite, case, seconds=0)
     else:
         assert "suspect" in bench.measure.measure(suite, case, seconds=0).ratios
+
+
+def network(x, *parameters, activation, first_bias=1.0, last_weight=1.0, act=None):
+    act = act or getattr(torch, activation)
+    w1, b1, w2, b2 = parameters
+    return act(x @ w1.t() + first_bias * b1) @ (last_weight * w2).t() + b2
+
+
+# Everything that two layers could get wrong by little: each must be noticed.
+WRONG_NETWORK = {
+    "no bias of the first layer": lambda *a, **o: network(*a, first_bias=0, **o),
+    "no activation": lambda *a, **o: network(*a, act=lambda h: h, **o),
+    "another activation": lambda *a, **o: network(*a, act=torch.sigmoid, **o),
+    "an activation of the last layer": lambda *a, **o: network(*a, **o).relu(),
+}
+WRONG_NETWORK_GRADIENTS = {
+    "none for the second weight": (
+        3,
+        lambda x, w1, b1, w2, b2, **o: network(x, w1, b1, w2.detach(), b2, **o),
+    ),
+    "first bias's off by 1e-4": (
+        2,
+        lambda x, w1, b1, *p, **o: network(x, w1, b1 + 1e-4 * (b1 - b1.detach()), *p, **o),
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("function", WRONG_NETWORK.values(), ids=WRONG_NETWORK)
+def test_a_network_with_a_wrong_layer_fails_verification(bench, function, activation):
+    suite, case = with_candidate(bench, "networks-forward", function), tiny_case(bench, "networks")
+    case = dataclasses.replace(case, shape=dataclasses.replace(case.shape, activation=activation))
+    with pytest.raises(bench.measure.VerificationError, match=r"suspect in .* output is off"):
+        bench.measure.measure(suite, case, seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("which", "function"), WRONG_NETWORK_GRADIENTS.values(), ids=WRONG_NETWORK_GRADIENTS
+)
+@pytest.mark.parametrize("name", ["networks-training", "networks-backward"])
+def test_a_network_with_a_wrong_gradient_fails_verification(bench, name, which, function):
+    suite = with_candidate(bench, name, function)
+    with pytest.raises(bench.measure.VerificationError, match=rf"suspect .* gradient {which}"):
+        bench.measure.measure(suite, tiny_case(bench, name), seconds=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -379,6 +495,19 @@ def test_the_limit_is_the_largest_of_arithmetic_memory_and_call(bench, shape, gr
     assert found == (pytest.approx(limit[0]), limit[1])
 
 
+def test_the_limit_of_a_network_adds_up_that_of_its_layers(bench):
+    # 100 rows through 20, 30 and 10 units: 2 * 900 * 100 operations; 2,000 elements in, 630 + 310
+    # parameters, 1,000 out; then those of 3,000 hidden units twice, the last weight and the
+    # parameters' gradients, the output's gradient; no gradient of the input.
+    shape, work = bench.cases.Shape((100, 20, 30, 10), None, "relu"), bench.cases.NETWORK.work
+    assert work(shape, ()) == (180_000, 3_940)
+    assert work(shape, (1, 2, 3, 4)) == (3 * 180_000 - 120_000, 3_940 + 6_000 + 300 + 940 + 1_000)
+    limits = made_limits(bench)
+    assert limits.of(work(shape, ()), "float32", 0) == (pytest.approx(180e-6), "compute")
+    tiny = work(bench.cases.Shape((1, 1, 1, 1), None, "relu"), (1, 2, 3, 4))
+    assert limits.of(tiny, "float32", 4) == (3e-5, "call")  # at least what three gradients cost
+
+
 def test_fewer_bytes_are_copied_no_slower_than_more(bench):
     limits = made_limits(bench)
     assert limits.bandwidth(100) == limits.bandwidth(1 << 16) == 2e9
@@ -409,9 +538,8 @@ def test_without_a_compiler_there_are_no_limits_and_the_reason_is_one_line(
         bench.limits._library.__wrapped__()
 
 
-def made_result(bench, shape, times, seconds_per_unit=1.0):
-    times = {name: seconds * seconds_per_unit for name, seconds in times.items()}
-    shape = bench.cases.Shape(shape)
+def made_result(bench, shape, times, name="linear-forward", **options):
+    shape = bench.cases.Shape(shape, **options)
     spreads = {name: bench.timing.Spread(t, t, t) for name, t in times.items()}
     own = times["mylayers"]
     ratios = {
@@ -419,8 +547,8 @@ def made_result(bench, shape, times, seconds_per_unit=1.0):
         for name, t in times.items()
         if name != "mylayers"
     }
-    case = bench.measure.Case("linear-forward", shape, "float32", "cpu", 1)
-    work = bench.cases.LINEAR.work(shape, ())
+    case = bench.measure.Case(name, shape, "float32", "cpu", 1)
+    work = bench.cases.SUITES[name].layer.work(shape, ())
     return bench.measure.Result(
         case=case,
         size=math.prod(shape.sizes),
@@ -430,7 +558,7 @@ def made_result(bench, shape, times, seconds_per_unit=1.0):
         remeasured=False,
         seconds=spreads,
         ratios=ratios,
-        yardsticks=frozenset(),
+        yardsticks=frozenset(ratios) & YARDSTICKS,
         timed_once=frozenset(),
         left_out={},
     )
@@ -454,6 +582,15 @@ def test_the_summary_is_of_geometric_means_and_names_the_worst_case(bench):
     )
 
 
+def test_the_summary_of_networks_names_the_stock_network(bench):
+    times = {"mylayers": 1.0, "stock": 8.0, "compile": 4.0}
+    results = [made_result(bench, (1, 2, 3, 4), times, "networks-forward", activation="tanh")]
+    summary = bench.report.summarise(bench.cases.SUITES["networks-forward"], results)
+    assert bench.report.summary_line(summary) == (
+        "Geometric mean: best peer 4.00x, stock 8.00x. Worst case: 4.00x compile at 1x2x3x4 tanh."
+    )
+
+
 def test_the_share_of_the_peak_is_that_of_large_products_of_many_rows(bench):
     # At 1 GFLOP/s: 16.4 ms at least for the first two, of which only the first has rows enough.
     results = [
@@ -468,15 +605,24 @@ def test_the_share_of_the_peak_is_that_of_large_products_of_many_rows(bench):
     assert bench.report.summarise(suite, results[1:], limits)["share_of_peak"] is None
 
 
-def test_the_table_fits_160_columns_with_every_peer_and_the_largest_figures(bench):
-    suite = bench.cases.SUITES["linear-forward"]
-    times = dict.fromkeys(suite.candidates, 0.123456) | {"max-autotune": 0.12}
-    results = [made_result(bench, (1_000_000, 64, 64), times)]
-    console = Console(width=160, file=io.StringIO(), legacy_windows=False)
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "longest"),
+    [
+        ("linear-forward", (1_000_000, 64, 64), {}, "max-autotune"),
+        ("networks-forward", (4096, *[1024] * 9), {"activation": "tanh"}, "reduce-overhead"),
+    ],
+)
+def test_the_table_fits_its_width_with_every_peer_and_the_largest_figures(
+    bench, name, shape, options, longest
+):
+    suite = bench.cases.SUITES[name]
+    times = dict.fromkeys(suite.candidates, 0.123456) | {longest: 0.12}
+    results = [made_result(bench, shape, times, name, **options)]
+    console = Console(width=bench.main.WIDTH, file=io.StringIO(), legacy_windows=False)
     console.print(bench.report.table(suite, results))
     lines = console.file.getvalue().splitlines()
     assert all(name in lines[2] for name in suite.candidates)
-    (row,) = [line for line in lines if "1000000x64x64" in line]
+    (row,) = [line for line in lines if str(results[0].case.shape) in line]
     assert row.split().count("1.00x") == len(suite.candidates) - 2
     assert "…" not in row
 
@@ -496,9 +642,9 @@ def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
     for row in rows:
         suite = bench.cases.SUITES[row["suite"]]
         assert row["shape"] == str(suite.quick[0])
-        assert int(row["size"]) == math.prod(suite.quick[0].sizes)
+        assert int(row["size"]) == suite.layer.size(suite.quick[0])
         assert row["candidate"] in suite.candidates
-        assert row["yardstick"] == str(row["candidate"] == "clone")
+        assert row["yardstick"] == str(row["candidate"] in YARDSTICKS)
         limit, share = float(row["limit_seconds"]), float(row["share_of_limit"])
         assert share == pytest.approx(limit / float(row["seconds"]))
         assert row["limited_by"] == "call"
@@ -534,6 +680,30 @@ def test_only_the_suites_asked_for_run(bench, tmp_path):
     assert bench.main.main(["--only", "center-forward", "--out", str(tmp_path)]) == 0
     with (tmp_path / "results.csv").open(newline="") as file:
         assert {row["suite"] for row in csv.DictReader(file)} == {"center-forward"}
+
+
+@pytest.mark.usefixtures("tiny_suites")
+def test_a_family_of_suites_runs_and_has_its_baseline_in_the_plot(bench, tmp_path, capsys):
+    assert bench.main.main(["--only", "networks", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    names = [name for name in SUITES if name.startswith("networks-")]
+    assert document["settings"]["suites"] == names
+    assert {summary["baseline"] for summary in document["summaries"]} == {"stock"}
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count(", stock ") == len(names)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "label"),
+    [
+        ((1, 64, 64, 64, 8), {"activation": "relu"}, "1x64x64x64x8 relu"),
+        ((256, *[256] * 5), {"activation": "tanh"}, "256x256^5 tanh"),
+        ((1024, 1024, 1024), {}, "1024x1024x1024"),
+        ((4, 5, 6), {"dim": (0, 1)}, "4x5x6 dim=0,1"),
+    ],
+)
+def test_a_shape_has_a_short_label(bench, sizes, options, label):
+    assert str(bench.cases.Shape(sizes, **options)) == label
 
 
 @pytest.mark.usefixtures("tiny_suites")
