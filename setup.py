@@ -4,10 +4,12 @@ That is two libraries: ``libmylayers.so`` holds the operators and needs no Pytho
 programs may link it too; ``mylayers._C`` is what Python needs beside it, and is linked to it.
 """
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -20,7 +22,9 @@ except ModuleNotFoundError:
         "mylayers is compiled against torch, and this environment has none. Leave out "
         "--no-build-isolation, or install torch first (pip install torch)."
     ) from None
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.append(str(Path(__file__).resolve().parent / "build_support"))
+import cuda_build
 
 OLDEST_TORCH = (2, 11)
 # Memory that one compiler process may take; torch's autograd headers need most of it.
@@ -32,6 +36,18 @@ if series < OLDEST_TORCH:
         f"mylayers needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer; this environment "
         f"has {torch.__version__}. Upgrade it (pip install --upgrade torch) and try again."
     )
+
+# Before torch's build helper is imported, which reads CUDA_HOME then.
+toolkit = cuda_build.find_toolkit(os.environ) if torch.version.cuda else None
+libraries = toolkit and cuda_build.find_libraries(
+    toolkit.home, Path(torch.__file__).resolve().parent.parent
+)
+cuda = cuda_build.decide(os.environ, torch.version.cuda, toolkit, libraries)
+if cuda.architectures is not None:
+    os.environ["CUDA_HOME"] = str(toolkit.home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.architectures
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
 def jobs() -> int:
@@ -92,6 +108,8 @@ class Build(BuildExtension):
 
     def run(self) -> None:
         check_tools()
+        kernels = f"for {cuda.architectures}" if cuda.architectures else f"no: {cuda.reason}"
+        print(f"mylayers: CUDA kernels: {kernels}", flush=True)
         os.environ.setdefault("MAX_JOBS", str(jobs()))
         super().run()
         self._leave_note(Path(self.build_lib, "mylayers"))
@@ -116,36 +134,56 @@ class Build(BuildExtension):
         Path(folder, "_built_for.py").write_text(f'TORCH = "{torch.__version__}"\n')
 
 
-def extension(name: str, sources: list[Path], **options: list[str]) -> CppExtension:
-    return CppExtension(
+FILES = sorted(path for path in Path("csrc").rglob("*.*") if path.is_file())
+# What build_info() tells.
+MACROS = {
+    "MYLAYERS_TORCH_VERSION": torch.__version__,
+    "MYLAYERS_CUDA_DETAIL": cuda.architectures or cuda.reason,
+    **({"MYLAYERS_CUDA_VERSION": toolkit.version} if cuda.architectures else {}),
+}
+
+
+def extension(
+    name: str, sources: list[Path], kind: type[CppExtension] = CppExtension, **options: list[str]
+) -> CppExtension:
+    # After all other folders: pip's have a runtime too, which need not be nvcc's.
+    folders = libraries.include if kind is CUDAExtension else []
+    return kind(
         name,
-        sorted(map(str, sources)),
-        depends=sorted(
-            str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").rglob(pattern)
-        ),
-        define_macros=[("MYLAYERS_TORCH_VERSION", f'"{torch.__version__}"')],
-        extra_compile_args=[
-            "-std=c++20",
-            "-O3",
-            "-g0",
-            "-fvisibility=hidden",
-            "-Wall",
-            # 64-byte vectors never cross a function that is not inlined.
-            "-Wno-psabi",
-            *compiler_flags(),
-        ],
+        list(map(str, sources)),
+        depends=list(map(str, FILES)),
+        extra_compile_args={
+            "cxx": [
+                *(f"-D{macro}={json.dumps(value)}" for macro, value in MACROS.items()),
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                # 64-byte vectors never cross a function that is not inlined.
+                "-Wno-psabi",
+                *compiler_flags(),
+                *(flag for folder in folders for flag in ("-isystem", str(folder))),
+            ],
+            "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden,-Wall"],
+        },
         **options,
     )
 
 
 BINDINGS = Path("csrc/bindings.cpp")  # alone in needing Python
-operators = extension(
-    "mylayers.libmylayers",
-    [path for path in Path("csrc").rglob("*.cpp") if path != BINDINGS],
-    # By this name a process knows that it has the library, wherever a second copy lies:
-    # operators can be registered only once.
-    extra_link_args=["-Wl,-soname,libmylayers.so"],
-)
+# By this name a process knows that it has the library, wherever a second copy lies: operators can
+# be registered only once.
+link = ["-Wl,-soname,libmylayers.so"]
+sources = [path for path in FILES if path.suffix == ".cpp" and path != BINDINGS]
+if cuda.architectures is not None:
+    kind = CUDAExtension
+    sources += [path for path in FILES if path.suffix == ".cu"]
+    link.append(str(libraries.library))
+else:
+    kind = CppExtension
+    sources = [path for path in sources if path.parent.name != "cuda"]
+operators = extension("mylayers.libmylayers", sources, kind, extra_link_args=link)
 operators.libraries.remove("torch_python")
 bindings = extension(
     "mylayers._C", [BINDINGS], libraries=["mylayers"], runtime_library_dirs=["$ORIGIN"]

@@ -392,7 +392,12 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#if defined(MYLAYERS_CUDA_VERSION)
+  info["cuda"] = MYLAYERS_CUDA_VERSION;
+#else
   info["cuda"] = py::none();
+#endif
+  info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
   info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();

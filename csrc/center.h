@@ -6,6 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/OptionalArrayRef.h>
 
+#include <optional>
+
+#include "center_sizes.h"
 #include "export.h"
 
 namespace mylayers {
@@ -19,6 +22,17 @@ MYLAYERS_API at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef 
 
 // The ATen formula.
 at::Tensor center_formula(const at::Tensor& input, at::OptionalIntArrayRef dim);
+
+// What the kernels share (center.cpp). How the memory of an input without gaps and overlap is seen,
+// passed through in its own order; nothing for a pattern of dimensions with more turns, such as
+// a mean over the first and third of four.
+std::optional<CenterSizes> center_sizes(const at::Tensor& input, at::IntArrayRef dims);
+
+// For what that does not cover: the averaged dimensions are brought to the end, in a contiguous
+// copy, and the kernel's result back into output.
+using CenterKernel = at::Tensor (*)(const at::Tensor& input, at::OptionalIntArrayRef dim);
+at::Tensor center_moved(
+    const at::Tensor& input, at::IntArrayRef dims, const at::Tensor& output, CenterKernel kernel);
 
 // The compiled kernel; it checks its arguments.
 namespace cpu {

@@ -1,9 +1,11 @@
 """``python -m mylayers``: what was built, what it runs on, and whether it computes right."""
 
+import itertools
 import math
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def _with_gradients(output: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> l
     return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
-def _errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+def _errors(dtype: torch.dtype, device: str) -> Iterator[tuple[str, float]]:
     """Each layer's output and gradients against the reference in float64.
 
     Yields the layer's name and its largest error as a fraction of what rounding explains: half
@@ -29,7 +31,7 @@ def _errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     def worst(got: list[Tensor], want: list[Tensor], slack: float) -> float:
         return max(
@@ -59,6 +61,19 @@ def _errors(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         yield "CenteredLayer", worst(got, want, last_place)
 
 
+def _cuda(info: dict[str, Any]) -> str:
+    if info["cuda"] is None:
+        return f"none ({info['cuda_detail']}); CUDA tensors take PyTorch's own operators"
+    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch finds"
+    return f"CUDA {info['cuda']}, for {info['cuda_detail']}; GPU here: {found}"
+
+
+def devices() -> list[str]:
+    """Those that have kernels in this build, and are here."""
+    has_cuda = build_info()["cuda"] is not None and torch.cuda.is_available()
+    return ["cpu", "cuda"] if has_cuda else ["cpu"]
+
+
 def main() -> int:
     """Print the report; 0 if every check passed, 1 otherwise."""
     info = build_info()
@@ -71,7 +86,7 @@ def main() -> int:
     print(f"  huge pages   {'asked for' if info['huge_pages'] else 'not asked for'}")
     shared = "PyTorch's own" if info["openmp"] else "but kernels use one: built without OpenMP"
     print(f"  threads      {torch.get_num_threads()}, {shared}")
-    print("  CUDA kernels none in this version; CUDA tensors take PyTorch's own operators")
+    print(f"  CUDA kernels {_cuda(info)}")
     print(
         f"  runs on      Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.machine()}"
@@ -79,14 +94,16 @@ def main() -> int:
     print(f"  file         {info['file']}")
     print("self-check against the reference: worst error, 1 being all that rounding explains")
     passed = True
-    for dtype in DTYPES:
+    for device, dtype in itertools.product(devices(), DTYPES):
         worst: dict[str, float] = {}
-        for name, error in _errors(dtype):
+        for name, error in _errors(dtype, device):
             worst[name] = error if math.isnan(error) else max(worst.get(name, 0.0), error)
         for name, error in worst.items():
             right = error <= 1  # False for NaN
             passed = passed and right
-            print(f"  {name:<13} {str(dtype)[6:]:<9} {error:5.2f}  {'ok' if right else 'WRONG'}")
+            print(
+                f"  {device:<4} {name:<13} {str(dtype)[6:]:<9} {error:5.2f}  {'ok' if right else 'WRONG'}"
+            )
     print("all right" if passed else "FAILED: this build computes wrong results here")
     return 0 if passed else 1
 

@@ -38,7 +38,8 @@ def build_info() -> dict[str, Any]:
         - ``huge_pages``: whether results of 4 MiB and more ask Linux for huge pages (not with
           ``MYLAYERS_HUGE_PAGES=0``, read once at the first of them).
         - ``openmp``: whether kernels share PyTorch's threads.
-        - ``cuda``: the version compiled for, or None.
+        - ``cuda``: the version whose kernels were compiled, or None; ``cuda_detail``: for which
+          architectures, or why not.
         - ``file``: the extension's path.
 
     Example:

@@ -338,6 +338,27 @@ def center_samples(
         yield Sample(name, (x.requires_grad_(requires_grad),), {"dim": dim})
 
 
+# ---- devices ---------------------------------------------------------------------------
+
+
+def moved(t: Tensor | None, device: str | torch.device) -> Tensor | None:
+    """On another device, with its strides, offset and overlap; ``Tensor.to`` would tidy them."""
+    if t is None:
+        return None
+    if t.is_neg():
+        return torch._neg_view(moved(torch._neg_view(t.detach()), device)).requires_grad_(
+            t.requires_grad
+        )
+    whole = t.detach().as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), 0)
+    there = whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+    return there.requires_grad_(t.requires_grad)
+
+
+def moved_sample(sample: Sample, device: str | torch.device) -> Sample:
+    """The same call on another device."""
+    return Sample(sample.name, tuple(moved(t, device) for t in sample.args), sample.kwargs)
+
+
 # ---- yardsticks ------------------------------------------------------------------------
 
 

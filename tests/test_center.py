@@ -58,7 +58,7 @@ def check_values(actual: Tensor, x: Tensor, dim: int | Sequence[int] | None) -> 
 def check_gradient(x: Tensor, dim: int | Sequence[int] | None) -> None:
     leaf = x.detach().requires_grad_()
     output = functional.center(leaf, dim)
-    grad = samples.drawer("center-grad", x.dtype)(*x.shape)
+    grad = samples.drawer("center-grad", x.dtype)(*x.shape).to(x.device)
     check_values(torch.autograd.grad(output, leaf, grad)[0], grad, dim)
 
 

@@ -108,7 +108,7 @@ def check_gradients(sample: Sample) -> None:
 
     x, weight, bias = in_float64(*sample.args)
     output_tolerance = forward_tolerance(dtype, x, weight, bias, activation)
-    grad = samples.drawer(f"{sample.name}-grad", dtype)(*output.shape)
+    grad = samples.drawer(f"{sample.name}-grad", dtype)(*output.shape).to(output.device)
     if activation == "relu":
         # Where rounding may put the pre-activation on either side of the kink, neither gradient
         # is wrong: nothing flows there.
@@ -350,7 +350,7 @@ def deterministic():
 def forward_and_gradients(sample: Sample) -> list[Tensor | None]:
     args = leaves(*sample.args)
     output = functional.linear_act(*args, **sample.kwargs)
-    output.backward(samples.drawer(sample.name, output.dtype)(*output.shape))
+    output.backward(samples.drawer(sample.name, output.dtype)(*output.shape).to(output.device))
     return [output, *(None if t is None else t.grad for t in args)]
 
 

@@ -57,7 +57,14 @@ def test_build_info_tells_what_was_built():
     assert "generic" in info["instruction_sets"]
     assert isinstance(info["bfloat16_units"], bool)
     assert Path(info["file"]).parent == INSTALLED
-    assert info["cuda"] is None
+    assert info["cuda_detail"]
+
+
+def test_cuda_kernels_are_registered_where_they_were_built():
+    built = mylayers.build_info()["cuda"] is not None
+    for name in ("linear_act", "linear_act_backward", "center"):
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"mylayers::{name}", "CUDA")
+        assert found == built, name
 
 
 @pytest.mark.parametrize(("capability", "kernels"), [("default", "generic"), ("avx2", "avx2")])
@@ -76,7 +83,7 @@ def test_the_report_names_torch_and_ends_all_right(capsys):
     text = capsys.readouterr().out
     assert torch.__version__ in text
     assert text.endswith("all right\n")
-    assert text.count(" ok\n") == 2 * len(report.DTYPES)
+    assert text.count(" ok\n") == 2 * len(report.DTYPES) * len(report.devices())
 
 
 @pytest.mark.parametrize("name", ["linear_act", "center"])

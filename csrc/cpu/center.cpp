@@ -1,9 +1,8 @@
 // center on the CPU: x - mean(x) over all of x or over some dimensions.
 //
-// Memory is seen as (lead, outer, count, inner), the mean over `lead` and `count`. Sums are cut
-// into chunks of fixed size (kernels.inl) and these added in order in float64, so the threads
-// change no bit of the result, nor do the other slices of x. The mean is rounded to the dtype
-// of x before it is subtracted: that is what x - x.mean() says.
+// Sums are cut into chunks of fixed size (kernels.inl) and these added in order in float64, so the
+// threads change no bit of the result, nor do the other slices of x. The mean is rounded to the
+// dtype of x before it is subtracted: that is what x - x.mean() says.
 #include "../center.h"
 
 #include <ATen/ops/empty_like.h>
@@ -12,8 +11,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <optional>
-#include <vector>
 
 #include "dtypes.h"
 #include "scratch.h"
@@ -30,12 +27,6 @@ constexpr int64_t kSlicesPerThread = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Sizes {
-  int64_t lead = 1, outer = 1, count = 1, inner = 1;
-
-  int64_t elements() const { return lead * outer * count * inner; }
-};
-
 // body(begin, end) for slices of one thread, whose second pass finds in its cache what the first
 // has read, if the slice is not too long.
 template <class Body>
@@ -45,7 +36,7 @@ void each_on_one_thread(int64_t slices, int64_t elements, const Body& body) {
 
 // inner = 1: every slice is a contiguous run, or `lead` of them.
 template <class T>
-void center_runs(const Sizes& s, const T* x, T* out) {
+void center_runs(const CenterSizes& s, const T* x, T* out) {
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
   if (s.lead == 1 && (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
@@ -98,7 +89,7 @@ void center_runs(const Sizes& s, const T* x, T* out) {
 
 // inner > 1: a mean per column of each (count, inner) slice.
 template <class T>
-void center_columns(const Sizes& s, const T* x, T* out) {
+void center_columns(const CenterSizes& s, const T* x, T* out) {
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
   // Strips of equal width, in whole cache lines.
@@ -149,63 +140,6 @@ void center_columns(const Sizes& s, const T* x, T* out) {
   });
 }
 
-// For strides or dimensions that (outer, count, inner) does not cover: the averaged
-// dimensions are brought to the end, in a contiguous copy, and the result back.
-at::Tensor center_moved(const at::Tensor& input, at::IntArrayRef dims, const at::Tensor& output) {
-  std::vector<int64_t> order, last;
-  for (int64_t d = 0; d < input.dim(); ++d) {
-    if (std::find(dims.begin(), dims.end(), d) == dims.end()) {
-      order.push_back(d);
-    }
-  }
-  for (const int64_t d : dims) {
-    last.push_back(static_cast<int64_t>(order.size()));
-    order.push_back(d);
-  }
-  output.permute(order).copy_(center(input.permute(order).contiguous(), last));
-  return output;
-}
-
-// Runs this long are worth a sum each, where means run over dimensions on both sides of one that
-// they leave.
-constexpr int64_t kShortestRun = 32;
-
-// How memory, passed through in its own order, is seen; nothing for a pattern of dimensions with
-// more turns, such as a mean over the first and third of four.
-std::optional<Sizes> sizes_in_memory(const at::Tensor& input, at::IntArrayRef dims) {
-  c10::SmallVector<int64_t, 6> order(input.dim());
-  std::iota(order.begin(), order.end(), 0);
-  if (!input.is_contiguous()) {
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return input.stride(a) > input.stride(b);
-    });
-  }
-  // Neighbours that are averaged alike are one: kept and averaged by turns.
-  c10::SmallVector<int64_t, 6> parts = {1};
-  bool averaged = false;
-  for (const int64_t d : order) {
-    if (input.size(d) == 1) {
-      continue;
-    }
-    if (averaged != std::binary_search(dims.begin(), dims.end(), d)) {
-      averaged = !averaged;
-      parts.push_back(1);
-    }
-    parts.back() *= input.size(d);
-  }
-  if (parts.size() == 1) {  // means of one value each
-    return Sizes{1, 1, 1, parts[0]};
-  }
-  parts.resize(std::max<size_t>(parts.size(), 3), 1);
-  if (parts.size() == 3) {
-    return Sizes{1, parts[0], parts[1], parts[2]};
-  }
-  if (parts.size() == 4 && parts[0] == 1 && parts[3] >= kShortestRun) {
-    return Sizes{parts[1], parts[2], parts[3], 1};
-  }
-  return std::nullopt;
-}
-
 }  // namespace
 
 at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
@@ -214,15 +148,15 @@ at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
     return center_formula(input, dim);
   }
   if (!input.is_non_overlapping_and_dense()) {
-    return center_moved(input, dims, at::empty_like(input));
+    return center_moved(input, dims, at::empty_like(input), center);
   }
   const at::Tensor output = empty_like_of(input);
   if (input.numel() == 0) {
     return output;
   }
-  const auto sizes = sizes_in_memory(input, dims);
+  const auto sizes = center_sizes(input, dims);
   if (!sizes.has_value()) {
-    return center_moved(input, dims, output);
+    return center_moved(input, dims, output, center);
   }
   with_storage_type(input.scalar_type(), [&]<class T>(T) {
     const auto kernel = sizes->inner == 1 ? center_runs<T> : center_columns<T>;
