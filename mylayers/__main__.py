@@ -101,9 +101,8 @@ def main() -> int:
         for name, error in worst.items():
             right = error <= 1  # False for NaN
             passed = passed and right
-            print(
-                f"  {device:<4} {name:<13} {str(dtype)[6:]:<9} {error:5.2f}  {'ok' if right else 'WRONG'}"
-            )
+            verdict = "ok" if right else "WRONG"
+            print(f"  {device:<4} {name:<13} {str(dtype)[6:]:<9} {error:5.2f}  {verdict}")
     print("all right" if passed else "FAILED: this build computes wrong results here")
     return 0 if passed else 1
 
