@@ -29,12 +29,14 @@ class Toolkit:
         home: the folder of its toolkit, which CUDA_HOME stands for.
         version: of the toolkit, such as "13.0".
         architectures: what it compiles for, such as "9.0".
+        complaint: about the C++ compiler that it found, too new for it for example.
     """
 
     nvcc: str
     home: Path
     version: str
     architectures: tuple[str, ...]
+    complaint: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,13 @@ def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
     if version is None or top is None:
         return None
     architectures = tuple(f"{major}.{minor}" for major, minor in known)
-    return Toolkit(nvcc, Path(top[1].strip()).resolve(), version[1], architectures)
+    try:
+        _ask(nvcc, "-std=c++20", "-x", "cu", "-E", "/dev/null", "-o", "/dev/null")
+        complaint = ""
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").splitlines()
+        complaint = next((line for line in lines if "error" in line), f"exit {error.returncode}")
+    return Toolkit(nvcc, Path(top[1].strip()).resolve(), version[1], architectures, complaint)
 
 
 def find_libraries(home: Path, site_packages: Path) -> Libraries:
@@ -153,6 +161,8 @@ def _obstacle(torch_cuda: str | None, toolkit: Toolkit | None, libraries: Librar
             f"{toolkit.nvcc} is of CUDA {toolkit.version} and torch is built for CUDA "
             f"{torch_cuda}; the major versions must agree (CUDA_HOME names another nvcc)"
         )
+    if toolkit.complaint:
+        return f"{toolkit.nvcc} does not go with this C++ compiler: {toolkit.complaint}"
     if libraries.missing or libraries.library is None:
         lacking = ", ".join([*libraries.missing, *([] if libraries.library else [LIBRARY])])
         return f"{lacking} found neither in {toolkit.home} nor in pip's nvidia packages"

@@ -1,7 +1,9 @@
 """Whether the CUDA kernels are built: every answer of nvcc and torch, here told by stand-ins."""
 
+import dataclasses
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ SOURCE = ROOT / "build_support" / "cuda_build.py"
 def load():
     spec = importlib.util.spec_from_file_location("cuda_build", SOURCE)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses looks for it
     spec.loader.exec_module(module)
     return module
 
@@ -67,6 +70,10 @@ MISSING = {
         "/opt/cuda/bin/nvcc is of CUDA 13.0 and torch is built for CUDA 12.8; the major versions "
         "must agree",
     ),
+    "another compiler": (
+        {"toolkit": dataclasses.replace(TOOLKIT, complaint="#error -- unsupported GNU version!")},
+        "/opt/cuda/bin/nvcc does not go with this C++ compiler: #error -- unsupported GNU version!",
+    ),
     "no headers": (
         {"libraries": cuda_build.Libraries(library=Path("x"), missing=["cusparse.h"])},
         "cusparse.h found neither in /opt/cuda nor in pip's nvidia packages",
@@ -114,6 +121,15 @@ def test_a_toolkit_is_where_nvcc_says_however_it_was_found(tmp_path):
         found = cuda_build.find_toolkit(environ)
         assert (found.home, found.version) == (home, "12.8")
         assert found.architectures == ("7.5", "9.0", "10.0")
+        assert not found.complaint
+
+
+def test_an_nvcc_that_refuses_the_compiler_says_so(tmp_path):
+    refusal = 'echo "host_config.h:158: error: unsupported GNU version" >&2; exit 1'
+    text = NVCC.format(home=tmp_path).replace("esac", f"  -std*) {refusal} ;;\nesac")
+    script(tmp_path / "bin" / "nvcc", text)
+    found = cuda_build.find_toolkit({"CUDA_HOME": str(tmp_path)})
+    assert found.complaint == "host_config.h:158: error: unsupported GNU version"
 
 
 @pytest.mark.parametrize("text", ["#!/bin/sh\nexit 1\n", "#!/bin/sh\necho hello\n"])
