@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,8 @@ class Problem:
                 output.backward(self.grad_output.double())
             self.expected += [exact[position].grad for position in self.gradients]
 
-    def prepare(self, candidate: Candidate) -> tuple[Step, Callable[[], list[Tensor | None]]]:
-        """The step that is timed, and what reads the gradients that it left behind.
+    def prepare(self, candidate: Candidate) -> tuple[Step, Callable[[Any], list[Tensor | None]]]:
+        """The step that is timed, and what makes of its result the output and the gradients.
 
         Candidates share the memory of the arguments that they take in the same layout, so
         that none is luckier than another in where its own copy lies.
@@ -145,18 +146,18 @@ class Problem:
         leaves = [arguments[position] for position in self.gradients]
         call = candidate.build(*arguments, **self.options)
         if not leaves:
-            return call, list
+            return call, lambda output: [output]
 
-        def gradients() -> list[Tensor | None]:
-            found = [leaf.grad for leaf in leaves]
-            return [
+        def upright(found: list[Tensor | None]) -> list[Tensor | None]:
+            output, *gradients = found
+            return [output] + [
                 grad.t() if position in candidate.transposed and grad is not None else grad
-                for position, grad in zip(self.gradients, found, strict=True)
+                for position, grad in zip(self.gradients, gradients, strict=True)
             ]
 
         if self.target is not None:
-            return training_step(call, leaves, self.target), gradients
-        return backward_step(call, leaves, self.grad_output), gradients
+            return training_step(call, leaves, self.target), upright
+        return backward_step(call, leaves, self.grad_output), upright
 
     def verify(self, got: Sequence[Tensor | None], who: str) -> None:
         """Compare an output, and the gradients that follow it, with what must come out.
@@ -242,9 +243,9 @@ def _verified_steps(
         if candidate.rows not in (None, case.shape.sizes[0]):
             continue
         try:
-            step, gradients = problem.prepare(candidate)
+            step, upright = problem.prepare(candidate)
             start = time.perf_counter()
-            output = step()
+            found = step()
             first[name] = time.perf_counter() - start
         except Exception as error:
             if name in (SUBJECT, suite.baseline):
@@ -253,7 +254,7 @@ def _verified_steps(
             left_out[name] = f"{type(error).__name__}: {reason}"
             continue
         if not candidate.yardstick:
-            problem.verify([output, *gradients()], f"{name} in {case}")
+            problem.verify(upright(found), f"{name} in {case}")
         steps[name] = step
     return steps, first, left_out
 

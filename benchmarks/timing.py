@@ -36,22 +36,29 @@ class Spread(NamedTuple):
 
 def backward_step(
     forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad_output: Tensor
-) -> Callable[[], Tensor]:
-    """Forward and backward with a given gradient; the gradients of the step before are dropped."""
+) -> Callable[[], list[Tensor | None]]:
+    """Forward and backward with a given gradient; gives the output and the leaves' gradients.
 
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
+    The gradients are taken from the leaves, so that they are freed when the step is over. Kept
+    until the candidate's next turn, they decided for all turns who may use memory that malloc has
+    ready: a gradient of 64 MiB in a gap of malloc's heap, paid for once, took 6 ms, and one in
+    memory that the system hands out anew 31 ms, whichever candidate had come first.
+    """
+
+    def step() -> list[Tensor | None]:
         output = forward()
         output.backward(grad_output)
-        return output
+        found = [output, *(leaf.grad for leaf in leaves)]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
 
     return step
 
 
 def training_step(
     forward: Callable[[], Tensor], parameters: Sequence[Tensor], target: Tensor
-) -> Callable[[], Tensor]:
+) -> Callable[[], list[Tensor | None]]:
     """Forward, loss, backward and SGD, whose rate of 0 costs as much as another.
 
     It leaves the parameters, which the candidates share, as they are. The loss is a sum, since
@@ -59,12 +66,13 @@ def training_step(
     """
     optimizer = torch.optim.SGD(parameters, lr=0.0)
 
-    def step() -> Tensor:
-        optimizer.zero_grad()
+    def step() -> list[Tensor | None]:
         output = forward()
         F.mse_loss(output, target, reduction="sum").backward()
         optimizer.step()
-        return output
+        found = [output, *(parameter.grad for parameter in parameters)]
+        optimizer.zero_grad()
+        return found
 
     return step
 

@@ -183,8 +183,10 @@ def test_a_step_of_training_leaves_gradients_of_the_loss_and_the_parameters_as_t
     target = torch.tensor([0.0, 5.0])
     step = bench.timing.training_step(lambda: 2 * weight, [weight], target)
     for _ in range(2):  # the gradient of the step before is dropped
-        assert torch.equal(step(), torch.tensor([2.0, 4.0]))
-        assert torch.equal(weight.grad, torch.tensor([8.0, -4.0]))  # 2 * 2 * (output - target)
+        output, of_weight = step()
+        assert torch.equal(output, torch.tensor([2.0, 4.0]))
+        assert torch.equal(of_weight, torch.tensor([8.0, -4.0]))  # 2 * 2 * (output - target)
+        assert weight.grad is None
     assert torch.equal(weight, torch.tensor([1.0, 2.0]))
 
 
@@ -379,6 +381,18 @@ def test_measuring_restores_threads_and_grad_mode(bench):
     assert set(seen) == {(before + 1, False)}
     assert torch.get_num_threads() == before
     assert torch.is_grad_enabled()
+
+
+def test_a_step_hands_over_its_gradients_and_keeps_none(bench):
+    x, w = torch.ones(2, 3, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    step = bench.timing.backward_step(lambda: x @ w, [x, w], torch.ones(2, 4))
+    for _ in range(2):
+        output, of_x, of_w = step()
+        assert torch.equal(of_x, torch.full_like(x, 4))
+        assert torch.equal(of_w, torch.full_like(w, 2))
+        assert x.grad is None
+        assert w.grad is None
+        assert torch.equal(output, torch.full_like(output, 3))
 
 
 def test_candidates_take_turns_in_an_order_that_turns_round(bench, monkeypatch):
