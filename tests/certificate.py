@@ -38,6 +38,15 @@ ROADS = {
     "state_dict and pickle": "files, `weights_only`, `mmap`, `assign`, deepcopy and pickle, as "
     "stock modules",
     "meta device": "construction without memory, `to_empty`, fake tensors, symbolic sizes",
+    "DistributedDataParallel": "trains to the parameters of one process, with uneven and empty "
+    "shares of a batch",
+    "FSDP2": "`fully_shard` trains to the parameters of one process; meta construction; "
+    "checkpoints saved by two processes load in three",
+    "centering over processes": "is that of one process on the whole batch, gradients of three "
+    "orders and compiled; a missing peer ends in the group's timeout",
+    "DTensor": "operators on even and uneven shards equal the unsharded ones, forward and backward",
+    "tensor parallelism": "column- and row-wise styles train to the parameters of one process, "
+    "alone and with FSDP2",
     "CUDA-free build": "compiled and run where neither torch nor the machine has CUDA",
 }
 

@@ -102,6 +102,7 @@ def sharded(net: nn.Sequential) -> nn.Sequential:
 # ---- data parallelism ------------------------------------------------------------------
 
 
+@pytest.mark.road("DistributedDataParallel")
 @in_processes(2, 3)
 @pytest.mark.parametrize("views", [False, True])
 def test_ddp_trains_to_the_parameters_of_one_process(views: bool) -> None:
@@ -109,6 +110,7 @@ def test_ddp_trains_to_the_parameters_of_one_process(views: bool) -> None:
     assert_same_parameters(train_together(net), train_alone(network()))
 
 
+@pytest.mark.road("FSDP2")
 @in_processes(2, 3)
 def test_fsdp_trains_to_the_parameters_of_one_process() -> None:
     net = sharded(convert_sync_centered(network()))
@@ -116,6 +118,8 @@ def test_fsdp_trains_to_the_parameters_of_one_process() -> None:
     assert_same_parameters(train_together(net), train_alone(network()))
 
 
+@pytest.mark.road("DistributedDataParallel")
+@pytest.mark.road("FSDP2")
 @in_processes(2)
 def test_fused_networks_train_to_the_parameters_of_one_process() -> None:
     # A mean over processes is left out of the chain, and taken into it without a process group.
@@ -136,6 +140,7 @@ def test_without_a_process_group_the_mean_is_of_one_process() -> None:
         assert_same_parameters(net, train_alone(network()))
 
 
+@pytest.mark.road("DistributedDataParallel")
 @in_processes(2, 3)
 def test_ddp_joins_when_a_process_runs_out_of_batches() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -158,6 +163,7 @@ def test_ddp_joins_when_a_process_runs_out_of_batches() -> None:
     assert_same_parameters(net, alone)
 
 
+@pytest.mark.road("DistributedDataParallel")
 @in_processes(2)
 @pytest.mark.parametrize("views", [False, True])
 def test_gradients_come_in_the_strides_of_their_parameters(views: bool) -> None:
@@ -171,6 +177,7 @@ def test_gradients_come_in_the_strides_of_their_parameters(views: bool) -> None:
             assert parameter.grad.stride() == parameter.stride()
 
 
+@pytest.mark.road("FSDP2")
 @in_processes(2, 3)
 def test_meta_construction_to_empty_and_reset_parameters_under_fsdp() -> None:
     with torch.device("meta"):
@@ -190,6 +197,7 @@ def test_meta_construction_to_empty_and_reset_parameters_under_fsdp() -> None:
     assert_same_parameters(train_together(net), train_alone(alone))
 
 
+@pytest.mark.road("FSDP2")
 @in_processes(3)
 def test_a_checkpoint_saved_by_two_processes_loads_in_three(tmp_path: Path) -> None:
     two = dist.new_group([0, 1])
@@ -224,6 +232,7 @@ def shards(shape: tuple[int, ...], rows: list[int], dtype: torch.dtype) -> tuple
 ROWS = {2: [[3, 2], [0, 5], [1, 0], [0, 0]], 3: [[1, 4, 2], [0, 3, 0]]}
 
 
+@pytest.mark.road("centering over processes")
 @in_processes(2, 3)
 @pytest.mark.parametrize("dim", [None, 0, (0, -1), -3, 1, (-1,)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -249,6 +258,7 @@ def test_centering_is_that_of_one_process(
             torch.testing.assert_close(a, b[own], **CLOSE)
 
 
+@pytest.mark.road("centering over processes")
 @in_processes(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_mean_is_summed_wide_and_rounded_to_the_dtype(dtype: torch.dtype) -> None:
@@ -271,6 +281,7 @@ def test_centering_is_over_processes_in_evaluation_too() -> None:
         torch.testing.assert_close(layer(batch[own]), (batch - batch.mean())[own], **CLOSE)
 
 
+@pytest.mark.road("centering over processes")
 @in_processes(2)
 def test_centering_takes_one_all_reduce_each_way_and_saves_the_count_alone() -> None:
     all_reduce, saved = torch.ops.c10d_functional.all_reduce, []
@@ -296,6 +307,7 @@ def test_centering_takes_one_all_reduce_each_way_and_saves_the_count_alone() -> 
     assert [t.tolist() for t in saved] == [20.0]
 
 
+@pytest.mark.road("centering over processes")
 @in_processes(3)
 def test_centering_over_some_of_the_processes() -> None:
     pair = dist.new_group([0, 2])
@@ -312,6 +324,7 @@ def test_centering_over_some_of_the_processes() -> None:
     torch.testing.assert_close(layer(x), x - mean, **CLOSE)
 
 
+@pytest.mark.road("centering over processes")
 @in_processes(2)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_centering_compiles_into_one_graph(backend: str) -> None:
@@ -338,6 +351,7 @@ def test_centering_recomputed_by_activation_checkpointing() -> None:
         torch.testing.assert_close(a.grad, b.grad, **CLOSE)
 
 
+@pytest.mark.road("centering over processes")
 @in_processes(2)
 def test_a_peer_that_never_comes_ends_in_the_groups_timeout() -> None:
     impatient = dist.new_group([0, 1], timeout=timedelta(seconds=1))

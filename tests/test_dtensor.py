@@ -93,6 +93,7 @@ def check_linear_act(
 PRODUCTS = [((5,), 7, 3), ((8,), 4, 8), ((2, 3), 5, 6), ((), 6, 5)]
 
 
+@pytest.mark.road("DTensor")
 @in_processes(2, 4)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear_act_is_the_unsharded_one(activation: str | None) -> None:
@@ -109,6 +110,7 @@ def test_linear_act_is_the_unsharded_one(activation: str | None) -> None:
             check_linear_act(mesh, shapes, activation, placements)
 
 
+@pytest.mark.road("DTensor")
 @in_processes(4)
 def test_linear_act_is_the_unsharded_one_on_a_mesh_of_two_dimensions() -> None:
     mesh, whole = square(), Replicate()
@@ -142,6 +144,7 @@ def test_batch_and_column_shards_stay_where_they_are() -> None:
             assert communicated.get_total_counts() == 0
 
 
+@pytest.mark.road("DTensor")
 @in_processes(2, 4)
 def test_a_partial_sum_passes_no_activation_and_no_bias() -> None:
     # One call after another, with shards alike: the rule for one must not be kept for the next.
@@ -153,6 +156,7 @@ def test_a_partial_sum_passes_no_activation_and_no_bias() -> None:
             assert is_partial == (activation is None and bias is None)
 
 
+@pytest.mark.road("DTensor")
 @in_processes(2)
 def test_the_gradients_asked_for_are_a_part_of_the_rule() -> None:
     # Alike in shape and shards, so that nothing but the mask and the Nones tells them apart.
@@ -205,11 +209,13 @@ def check_center(mesh: DeviceMesh, shapes: Iterable[tuple[int, ...]]) -> None:
                 torch.testing.assert_close(x.grad.full_tensor(), whole.grad, **CLOSE)
 
 
+@pytest.mark.road("DTensor")
 @in_processes(2, 4)
 def test_center_is_the_unsharded_one() -> None:
     check_center(line(), MEANS)
 
 
+@pytest.mark.road("DTensor")
 @in_processes(4)
 def test_center_is_the_unsharded_one_on_a_mesh_of_two_dimensions() -> None:
     check_center(square(), [(5, 3)])
@@ -283,6 +289,7 @@ def assert_trains_like(ours: nn.Module, alone: nn.Module, x: Tensor, share: slic
         torch.testing.assert_close(a.full_tensor(), b, **CLOSE)
 
 
+@pytest.mark.road("tensor parallelism")
 @in_processes(2, 4)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_column_and_row_styles_train_to_the_parameters_of_one_process(
@@ -367,6 +374,7 @@ def test_bad_use_of_styles() -> None:
         parallelize_module(CenteredLayer(), line(), ColwiseParallel())
 
 
+@pytest.mark.road("tensor parallelism")
 @in_processes(4)
 def test_tensor_and_data_parallelism_together() -> None:
     mesh = square()
@@ -383,6 +391,7 @@ def test_tensor_and_data_parallelism_together() -> None:
         assert_trains_like(net, alone, draw(6, 3), slice(3 * rank, 3 * rank + 3))
 
 
+@pytest.mark.road("tensor parallelism")
 @in_processes(2)
 def test_a_tensor_parallel_network_compiles_into_one_graph() -> None:
     alone = network("sigmoid", (3, 8, 4))
