@@ -30,7 +30,7 @@ TORCH_LIBRARY(mylayers, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "sequential_backward(Tensor?[] grad_outputs, Tensor? input, Tensor?[] outputs, "
-      "Tensor?[] parameters, str program, bool[] output_mask) -> Tensor[]",
+      "Tensor?[] parameters, SymInt[] flattened, str program, bool[] output_mask) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -236,9 +236,11 @@ std::vector<at::Tensor> sequential_outputs(
 
 std::vector<at::Tensor> sequential_backward(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked) {
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked) {
   if (leads_to_cpu_kernel(arguments(input, {grad_outputs, outputs, parameters}))) {
-    return cpu::sequential_backward(grad_outputs, input, outputs, parameters, program, asked);
+    return cpu::sequential_backward(
+        grad_outputs, input, outputs, parameters, flattened, program, asked);
   }
   static const auto op = operator_named<BackwardKernel>("mylayers::sequential_backward");
   c10::List<bool> mask;
@@ -247,7 +249,7 @@ std::vector<at::Tensor> sequential_backward(
   }
   return op.call(
       optional_tensors(grad_outputs), input.defined() ? std::optional(input) : std::nullopt,
-      optional_tensors(outputs), optional_tensors(parameters), program.text, mask);
+      optional_tensors(outputs), optional_tensors(parameters), flattened, program.text, mask);
 }
 
 }  // namespace mylayers

@@ -117,25 +117,18 @@ Reads::Reads(const Program& program, const GradientsAskedFor& asked)
       "\"; got ", asked.size());
   size_t output = 0, parameter = 0;
   bool before = asked[0];  // some gradient before this step is asked for
-  const auto read_step_input = [&] {
-    if (output == 0) {
-      input = true;
-    } else {
-      outputs[output - 1] = true;
-    }
-  };
   for (const Step& step : program.steps) {
     bool here = false;
     if (step.kind == Step::Kind::kLinear) {
       const bool weight = asked[1 + parameter];
       here = weight || (step.has_bias && asked[2 + parameter]);
       parameters[parameter] = before;
-      if (weight) {
-        read_step_input();
+      if (weight && output == 0) {
+        input = true;
+      } else if (weight) {
+        outputs[output - 1] = true;
       }
       parameter += step.parameters();
-    } else if (step.kind == Step::Kind::kFlatten && before) {
-      read_step_input();  // for its sizes
     }
     before = before || here;
     if (step.computes()) {

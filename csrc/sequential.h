@@ -59,6 +59,11 @@ struct Reads {
   std::vector<bool> outputs, parameters;
 };
 
+// What every flatten flattens, as the backward wants it: its dimensions' number, then their sizes.
+// Kept in place of the tensors, which would be held for nothing else.
+std::vector<c10::SymInt> flattened_sizes(
+    const at::Tensor& input, at::TensorList outputs, const Program& program);
+
 // Through the dispatcher, or straight to the CPU kernel where that comes to the same.
 MYLAYERS_API at::Tensor sequential(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
@@ -69,7 +74,8 @@ std::vector<at::Tensor> sequential_outputs(
 // Tensors that are not read may be undefined.
 std::vector<at::Tensor> sequential_backward(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked);
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked);
 
 // The layers one by one, through the dispatcher: differentiable, right for every device, dtype,
 // layout and transform.
@@ -79,7 +85,8 @@ std::vector<at::Tensor> sequential_outputs_formula(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
 std::vector<at::Tensor> sequential_backward_formula(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked);
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked);
 
 // The backward, given that of a linear step: as linear_act_backward, the weight and its gradient
 // in the step's layout.
@@ -89,8 +96,8 @@ using LinearBackward = Gradients(
 LinearBackward linear_backward_formula;
 std::vector<at::Tensor> sequential_backward_by(
     LinearBackward* linear_backward, at::TensorList grad_outputs, const at::Tensor& input,
-    at::TensorList outputs, at::TensorList parameters, const Program& program,
-    const GradientsAskedFor& asked);
+    at::TensorList outputs, at::TensorList parameters, c10::SymIntArrayRef flattened,
+    const Program& program, const GradientsAskedFor& asked);
 
 // The compiled kernels; they check their arguments.
 namespace cpu {
@@ -99,7 +106,8 @@ std::vector<at::Tensor> sequential_outputs(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
 std::vector<at::Tensor> sequential_backward(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked);
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked);
 }  // namespace cpu
 
 // ---- as the dispatcher passes arguments --------------------------------------------------------
@@ -110,7 +118,7 @@ using ForwardKernel = at::Tensor(const at::Tensor&, at::TensorList, std::string_
 using OutputsKernel = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, std::string_view);
 using BackwardKernel = std::vector<at::Tensor>(
     const OptionalTensorList&, const OptionalTensor&, const OptionalTensorList&,
-    const OptionalTensorList&, std::string_view, const c10::List<bool>&);
+    const OptionalTensorList&, c10::SymIntArrayRef, std::string_view, const c10::List<bool>&);
 
 // kernel(input, parameters, program), for a forward function above.
 template <auto kernel>
@@ -127,10 +135,10 @@ template <auto kernel>
 std::vector<at::Tensor> backward_kernel(
     const OptionalTensorList& grad_outputs, const OptionalTensor& input,
     const OptionalTensorList& outputs, const OptionalTensorList& parameters,
-    std::string_view program, const c10::List<bool>& output_mask) {
+    c10::SymIntArrayRef flattened, std::string_view program, const c10::List<bool>& output_mask) {
   return kernel(
       tensors(grad_outputs), input.value_or(at::Tensor()), tensors(outputs), tensors(parameters),
-      Program(program), GradientsAskedFor(output_mask.begin(), output_mask.end()));
+      flattened, Program(program), GradientsAskedFor(output_mask.begin(), output_mask.end()));
 }
 
 }  // namespace mylayers

@@ -137,6 +137,19 @@ def outputs_one_by_one(x: Tensor, parameters: Sequence[Tensor], program: str) ->
     return outputs
 
 
+def flattened_sizes(x: Tensor, outputs: Sequence[Tensor], program: str) -> list[int]:
+    """For each flatten the number of its input's dimensions and their sizes."""
+    left, sizes = iter(outputs), []
+    for step in program.split("; "):
+        name, options = split(step)
+        if name == "flatten":
+            sizes += [x.dim(), *x.shape]
+            x = x.flatten(*map(int, options[0].split(",")))
+        else:
+            x = next(left)
+    return sizes
+
+
 def one_by_one(x: Tensor, parameters: Sequence[Tensor], program: str) -> Tensor:
     return outputs_one_by_one(x, parameters, program)[-1]
 
@@ -405,11 +418,7 @@ def test_only_the_gradients_that_are_due_and_only_what_they_read_is_saved(progra
         x, *parameters = leaves(args, wanted)
         saved = Counter(saved_by(ops.sequential, x, parameters, program))
         single = Counter(saved_by(one_by_one, x, parameters, program))
-        if "flatten" in program:  # it keeps the tensor whose sizes it needs
-            assert saved - single <= Counter([(x.numel(),)]), wanted
-            assert single <= saved, wanted
-        else:
-            assert saved == single, wanted
+        assert saved == single, wanted
         output = ops.sequential(x, parameters, program)
         assert output.requires_grad == any(wanted)
         assert (output.grad_fn is None) == (not any(wanted))
@@ -469,16 +478,17 @@ def test_the_backward_operator_gives_what_its_mask_asks_for_and_needs_nothing_el
     outputs = outputs_one_by_one(x, parameters, program)
     gradient = drawer("gradient", torch.float64)(*outputs[-1].shape)
     grads = [*[None] * (len(outputs) - 1), gradient]
+    flattened = flattened_sizes(x, outputs, program)
     for mask in itertools.product([False, True], repeat=len(args)):
         expected = run(one_by_one, program, args, mask)[1:]
-        actual = ops.sequential_backward(grads, x, outputs, parameters, program, mask)
+        actual = ops.sequential_backward(grads, x, outputs, parameters, flattened, program, mask)
         assert_same_bits(actual, [e for e in expected if e is not None], mask)
     # The bias of the last layer alone.
     mask = [False] * len(args)
     mask[-1] = True
     nothing = [*[None] * (len(outputs) - 1), outputs[-1]]
     (actual,) = ops.sequential_backward(
-        grads, None, nothing, [None] * len(parameters), program, mask
+        grads, None, nothing, [None] * len(parameters), flattened, program, mask
     )
     assert same_bits(actual, run(one_by_one, program, args, mask)[-1])
 
@@ -777,9 +787,10 @@ def test_opcheck_of_sequential_backward(program, requires_grad):
     grads = [None] * len(outputs)
     grads[-1] = torch.ones_like(outputs[-1]).requires_grad_(requires_grad)
     mask = [True] * (1 + len(parameters))
-    opcheck(ops.sequential_backward, (grads, x, outputs, parameters, program, mask))
+    flattened = flattened_sizes(x, outputs, program)
+    opcheck(ops.sequential_backward, (grads, x, outputs, parameters, flattened, program, mask))
     mask[0] = False
-    opcheck(ops.sequential_backward, (grads, x, outputs, parameters, program, mask))
+    opcheck(ops.sequential_backward, (grads, x, outputs, parameters, flattened, program, mask))
 
 
 @every_dtype
@@ -951,6 +962,10 @@ def test_another_device_is_refused(program):
         ({"parameters": [None, None, W]}, "parameter 0 must be a tensor"),
         ({"grad_outputs": [None, None]}, "asks for gradient 0 .* which no grad_outputs reach"),
         ({"grad_outputs": [torch.zeros(2, 3), None]}, "asks for gradient 3 .*no grad_outputs"),
+        ({"flattened": []}, "flattened must hold.* got too few for flatten 0"),
+        ({"flattened": [3, 2, 3]}, "flattened must hold.* got too few for flatten 0"),
+        ({"flattened": [-1, 2, 3]}, "flattened must hold.* got too few for flatten 0"),
+        ({"flattened": [2, 2, 3, 1]}, "the sizes of 1 flattened tensors.* got 1 numbers more"),
     ],
     ids=str,
 )
@@ -960,7 +975,8 @@ def test_bad_arguments_of_the_backward_operator(change, message):
         "input": torch.zeros(2, 4),
         "outputs": [torch.zeros(2, 3), torch.zeros(2, 4)],
         "parameters": [W, B, W],
-        "program": "linear+bias; linear_t+tanh",
+        "flattened": [2, 2, 3],
+        "program": "linear+bias; flatten(0,0); linear_t+tanh",
         "output_mask": [True] * 4,
     }
     assert len(ops.sequential_backward(*named.values())) == 4

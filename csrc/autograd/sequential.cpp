@@ -42,6 +42,7 @@ struct Sequential : torch::autograd::Function<Sequential> {
     }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["program"] = program.text;
+    ctx->saved_data["flattened"] = flattened_sizes(input, outputs, program);
     return outputs;
   }
 
@@ -67,8 +68,8 @@ struct Sequential : torch::autograd::Function<Sequential> {
       asked.push_back(i < reached && ctx->needs_input_grad(i));
     }
     auto wanted = sequential_backward(
-        grads, all[0], all.slice(1, program.outputs), all.slice(1 + program.outputs), program,
-        asked);
+        grads, all[0], all.slice(1, program.outputs), all.slice(1 + program.outputs),
+        ctx->saved_data["flattened"].toSymIntVector(), program, asked);
     for (size_t i = 0, next = 0; i < tensors; ++i) {
       if (asked[i]) {
         gradients[i] = std::move(wanted[next++]);
@@ -105,13 +106,15 @@ at::Tensor sequential_autograd(
 // Double backward: as soon as a gradient of the gradient is to be recorded, the formula.
 std::vector<at::Tensor> sequential_backward_autograd(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked) {
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked) {
   const auto args = arguments(input, {grad_outputs, outputs, parameters});
   if (takes_formula(args) || records_gradient(args)) {
-    return sequential_backward_formula(grad_outputs, input, outputs, parameters, program, asked);
+    return sequential_backward_formula(
+        grad_outputs, input, outputs, parameters, flattened, program, asked);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return sequential_backward(grad_outputs, input, outputs, parameters, program, asked);
+  return sequential_backward(grad_outputs, input, outputs, parameters, flattened, program, asked);
 }
 
 // Under autocast a chain that begins with a linear layer computes in the autocast dtype from there

@@ -45,6 +45,23 @@ std::vector<at::Tensor> sequential_outputs_formula(
   return outputs;
 }
 
+std::vector<c10::SymInt> flattened_sizes(
+    const at::Tensor& input, at::TensorList outputs, const Program& program) {
+  std::vector<c10::SymInt> flattened;
+  at::Tensor x = input;
+  for (const Step& step : program.steps) {
+    if (step.computes()) {
+      x = outputs.front();
+      outputs = outputs.slice(1);
+    } else {
+      flattened.push_back(x.dim());
+      flattened.insert(flattened.end(), x.sym_sizes().begin(), x.sym_sizes().end());
+      x = at::flatten(x, step.dims[0], step.dims[1]);
+    }
+  }
+  return flattened;
+}
+
 at::Tensor sequential_formula(
     const at::Tensor& input, at::TensorList parameters, const Program& program) {
   return sequential_outputs_formula(input, parameters, program).back();
@@ -65,8 +82,8 @@ Gradients linear_backward_formula(
 
 std::vector<at::Tensor> sequential_backward_by(
     LinearBackward* linear_backward, at::TensorList grad_outputs, const at::Tensor& input,
-    at::TensorList outputs, at::TensorList parameters, const Program& program,
-    const GradientsAskedFor& asked) {
+    at::TensorList outputs, at::TensorList parameters, c10::SymIntArrayRef flattened,
+    const Program& program, const GradientsAskedFor& asked) {
   program.check_parameters(parameters);
   for (const auto& [name, list] :
        {std::pair("grad_outputs", grad_outputs), std::pair("outputs", outputs)}) {
@@ -88,17 +105,31 @@ std::vector<at::Tensor> sequential_backward_by(
     require(parameters[i], reads.parameters[i], "parameter", i);
   }
 
-  std::vector<at::Tensor> inputs;  // of every step; undefined where nothing reads it
+  std::vector<at::Tensor> inputs;          // of every step; undefined where nothing reads it
+  std::vector<c10::SymIntArrayRef> sizes;  // of what each flatten flattens
   at::Tensor x = input;
   size_t output = 0;
   for (const Step& step : program.steps) {
     inputs.push_back(x);
     if (step.computes()) {
       x = outputs[output++];
-    } else if (x.defined()) {
+      continue;
+    }
+    if (x.defined()) {
       x = at::flatten(x, step.dims[0], step.dims[1]);
     }
+    const bool given = !flattened.empty() && flattened[0] >= 0 && flattened[0] < flattened.size();
+    TORCH_CHECK_VALUE(
+        given, "sequential_backward: flattened must hold, for each flatten of \"", program.text,
+        "\", the number of dimensions and then their sizes; got too few for flatten ",
+        sizes.size());
+    const size_t rank = flattened[0].expect_int();
+    sizes.push_back(flattened.slice(1, rank));
+    flattened = flattened.slice(1 + rank);
   }
+  TORCH_CHECK_VALUE(
+      flattened.empty(), "sequential_backward: flattened must hold the sizes of ", sizes.size(),
+      " flattened tensors for \"", program.text, "\"; got ", flattened.size(), " numbers more");
 
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? OptionalTensor(t) : std::nullopt;
@@ -140,7 +171,15 @@ std::vector<at::Tensor> sequential_backward_by(
         grad = before ? center(grad, step.center_dim()) : at::Tensor();
         break;
       case Step::Kind::kFlatten:
-        grad = before ? grad.reshape_symint(inputs[i].sym_sizes()) : at::Tensor();
+        if (before) {
+          const c10::SymIntArrayRef as_before = sizes.back();
+          TORCH_SYM_CHECK(
+              c10::multiply_integers(as_before).sym_eq(grad.sym_numel()),
+              "sequential_backward: flattened must have the elements of a gradient of ",
+              grad.sym_sizes(), "; got sizes ", as_before);
+          grad = grad.reshape_symint(as_before);
+        }
+        sizes.pop_back();
         break;
     }
     if (!before) {
@@ -162,9 +201,10 @@ std::vector<at::Tensor> sequential_backward_by(
 
 std::vector<at::Tensor> sequential_backward_formula(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked) {
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked) {
   return sequential_backward_by(
-      linear_backward_formula, grad_outputs, input, outputs, parameters, program, asked);
+      linear_backward_formula, grad_outputs, input, outputs, parameters, flattened, program, asked);
 }
 
 // Meta as well: each layer has its own shape rule.

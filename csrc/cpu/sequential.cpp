@@ -199,13 +199,14 @@ std::vector<at::Tensor> sequential_outputs(
 
 std::vector<at::Tensor> sequential_backward(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, const Program& program, const GradientsAskedFor& asked) {
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked) {
   const bool compiled = std::all_of(grad_outputs.begin(), grad_outputs.end(), [](const auto& t) {
     return !t.defined() || has_kernel(t);
   });
   return sequential_backward_by(
       compiled ? linear_act_gradients : linear_backward_formula, grad_outputs, input, outputs,
-      parameters, program, asked);
+      parameters, flattened, program, asked);
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CPU, m) {
