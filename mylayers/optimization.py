@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mylayers.layers import MyLinear
-from mylayers.sequential import Chain, FusedSequential, plan
+from mylayers.sequential import Chain, FusedSequential, Unfused, plan
 
 __all__ = ["Finding", "Report", "optimize", "restore"]
 
@@ -39,7 +39,8 @@ class Report:
 
     Attributes:
         findings: one for each run of layers that one call computes now, for each other child of
-            its ``nn.Sequential``, and for each linear layer that is in none.
+            its ``nn.Sequential`` that is no such container itself, and for each linear layer that
+            is in none.
     """
 
     findings: tuple[Finding, ...]
@@ -129,8 +130,9 @@ def _optimize_sequence(path: str, sequence: nn.Sequential) -> Iterator[Finding]:
             yield Finding(path, _class_names(children[place:stop]))
             place = stop
         else:
-            child_path = f"{path}.{names[place]}" if path else names[place]
-            yield Finding(child_path, type(children[place]).__name__, part.reason)
+            if not isinstance(children[place], nn.Sequential):  # which has findings of its own
+                child_path = f"{path}.{names[place]}" if path else names[place]
+                yield Finding(child_path, type(children[place]).__name__, part.reason)
             place += 1
 
 
@@ -142,7 +144,10 @@ def _optimize(model: nn.Module) -> Iterator[Finding]:
                 reported.update(module.children())
                 yield finding
         elif isinstance(module, nn.Linear | MyLinear) and module not in reported:
-            yield Finding(path, type(module).__name__, "it is not in an nn.Sequential that fuses")
+            (alone,) = plan([module])
+            outside = "it is not in an nn.Sequential that fuses"
+            reason = alone.reason if isinstance(alone, Unfused) else outside
+            yield Finding(path, type(module).__name__, reason)
 
 
 def optimize(model: nn.Module) -> Report:

@@ -209,6 +209,10 @@ MODELS: dict[str, Model] = {
             ("3", "Linear", "it has hooks"),
         ],
     ),
+    "hooked and alone": Model(
+        lambda: Net(nn.Sequential(hooked(linear()))),
+        [("body.0", "Linear", "it has hooks"), ("head", "Linear", OUTSIDE)],
+    ),
     "hooked network": Model(lambda: hooked(two_layers()), [("", "Linear + Tanh", "")]),
     "parametrised": Model(
         lambda: nn.Sequential(
@@ -244,7 +248,6 @@ MODELS: dict[str, Model] = {
         lambda: tied(),
         [
             ("", "Linear + Tanh + Linear", ""),
-            ("3", "Sequential", NO_KERNEL("Sequential")),
             ("3", "Linear + Sigmoid", ""),
         ],
     ),
