@@ -314,6 +314,19 @@ def test_a_row_has_the_same_bits_whatever_the_layout_and_rank_of_its_batch(activ
             assert same_bits(linear_act(*args), expected), (layout, which)
 
 
+# One row and a few stream, 40 do not; a sum of 1101 terms is cut once or often, by the columns.
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_column_has_the_same_bits_in_every_weight_and_in_its_transpose(rows, dtype):
+    draw = samples.drawer("columns", dtype)
+    x, weight, bias = draw(rows, 1101), draw(1101, 2100), draw(2100)
+    expected = functional.linear_act(x, weight, bias)
+    assert same_bits(functional.linear_act(x, weight.t().contiguous().t(), bias), expected)
+    for columns in (slice(70), slice(64, 1031), slice(2099, 2100)):
+        some = functional.linear_act(x, weight[:, columns], bias[columns])
+        assert same_bits(some, expected[:, columns]), columns
+
+
 # Rows of the batch, in_units, units: one sum, 2, 3 and 65 pieces; a large result, whose sums
 # are not cut.
 @every_dtype
