@@ -10,6 +10,7 @@
 #include "scratch.h"
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+#include <cpuid.h>
 #define MYLAYERS_BRGEMM 1
 #else
 #define MYLAYERS_BRGEMM 0
@@ -47,10 +48,10 @@ namespace {
 
 // One task: at most this many rows of a and columns of b. Its share of the output, of a for one
 // depth and of b where that is packed then stay in level-2 cache, while rows of b are read in
-// runs of 2 KiB (512 bytes in bfloat16, whose panels are packed one depth at a time).
+// runs of 2 KiB (512 bytes on the matrix units, whose panels are packed one depth at a time).
 constexpr int64_t kRowBlock = 256;
-template <class T>
-constexpr int64_t kColumnBlock = std::is_same_v<T, bfloat16_t> ? 256 : 512;
+constexpr int64_t kColumnBlock = 512;
+constexpr int64_t kUnitColumns = 256;
 // A task that streams has this many sums, 32 KiB of float32: it reads runs as long as level-1 cache
 // allows. One row of 4096 x 4096, on one thread: 2.4 ms in runs of 2 KiB, 2.1 in whole rows; 4 rows
 // of 1024 x 1024: 90 and 61 us.
@@ -61,6 +62,12 @@ constexpr int64_t kDepthBlock = 256;
 // so the rest is cut into powers of two.
 constexpr int64_t kUnitRows = 64;
 constexpr int64_t kUnitDepth = 512;
+// Pairs are packed for so many columns and so deep that they (256 KiB) and the sums (256 KiB) stay
+// in level-2 cache: few rows take long runs of b.
+constexpr int64_t kPackedPairs = 1 << 17;
+constexpr int64_t kPairSums = 1 << 16;
+constexpr int64_t kMostPairColumns = 1024;
+constexpr int64_t kLeastPairDepth = 64;
 constexpr int64_t kWidestLane = 16;
 // Multiply-adds below which a second thread costs more than it saves.
 constexpr double kSerialWork = 1 << 19;
@@ -72,22 +79,57 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 #if MYLAYERS_BRGEMM
-// As gemm_serial, on the 16-bit matrix units. Depth is cut at fixed places, and the unit sums
-// in an order that depends on the depth alone, so here too a row's bits are its own.
+// AMX multiplies through brgemm. AVX512-BF16 alone does so in tiles of our own: they need no
+// kernel per shape, no call per panel, and no sums in memory unless the depth is cut.
+bool has_pair_tiles() {
+  static const bool chosen = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+    return kernels().bf16_pairs.block != nullptr && !amx;
+  }();
+  return chosen;
+}
+
+// a @ b for one panel of b's pairs, in calls that brgemm has kernels for.
+void unit_block(
+    int64_t m, int64_t cols, int64_t depth, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
+    float* sums, bool accumulate) {
+  for (int64_t i = 0; i < m;) {
+    int64_t rows = kUnitRows;
+    while (rows > m - i) {
+      rows /= 2;
+    }
+    at::native::cpublas::brgemm(
+        rows, round_up(cols, kWidestLane), depth, a_row, kPanel, kPanel, accumulate,
+        reinterpret_cast<const at::BFloat16*>(a + i * a_row),
+        reinterpret_cast<const at::BFloat16*>(b), sums + i * kPanel);
+    i += rows;
+  }
+}
+
+// As gemm_serial, on the 16-bit matrix units. Brgemm sums in an order that depends on the depth of
+// its call alone, and that is cut at fixed places; our own tiles have one order however it is cut.
+// So here too a row's bits are its own.
 template <class Out>
 void gemm_serial_bf16(
     int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
-  const int64_t widest = std::min(round_up(k, 2), kUnitDepth);
+  const bool own = has_pair_tiles();
   const int64_t panels = ceil_div(n, kPanel);
-  const int64_t panel_size = widest * kPanel;
+  const int64_t block =
+      own ? std::max(kLeastPairDepth, kPackedPairs / (panels * kPanel) / 2 * 2) : kUnitDepth;
+  const int64_t widest = std::min(round_up(k, 2), block);
+  // Four lines more than a panel has: the next one would lie in the same sets of the caches.
+  const int64_t panel_size = widest * kPanel + 2 * kPanel;
   const bool copy_a = a.col != 1 || k % 2 != 0;
+  const bool rounds_in_tile = own && std::is_same_v<Out, bfloat16_t> && fits_in_tile(act);
   const Scratch<bfloat16_t> a_rows(copy_a ? m * widest : 0);
   const Scratch<bfloat16_t> b_panels(panels * panel_size);
-  const Scratch<float> sums(panels * m * kPanel);
-  for (int64_t p = 0; p < k; p += kUnitDepth) {
-    const int64_t depth = std::min(kUnitDepth, k - p);
+  const bool keeps_sums = !rounds_in_tile || k > widest;
+  const Scratch<float> sums(keeps_sums ? panels * m * kPanel : 0);
+  for (int64_t p = 0; p < k; p += block) {
+    const int64_t depth = std::min(block, k - p), even_depth = round_up(depth, 2);
     Matrix<bfloat16_t> a_in = a.at(0, p);
     if (copy_a) {
       pairs.copy(m, depth, a_in.data, a.row, a.col, a_rows.get(), widest);
@@ -95,22 +137,28 @@ void gemm_serial_bf16(
     }
     pairs.pack_pairs(depth, n, b.at(p, 0).data, b.row, b.col, b_panels.get(), panel_size);
     for (int64_t j = 0; j < panels; ++j) {
-      for (int64_t i = 0; i < m;) {
-        int64_t rows = kUnitRows;
-        while (rows > m - i) {
-          rows /= 2;
-        }
-        at::native::cpublas::brgemm(
-            rows, round_up(std::min(kPanel, n - j * kPanel), kWidestLane), round_up(depth, 2),
-            a_in.row, kPanel, kPanel, p > 0,
-            reinterpret_cast<const at::BFloat16*>(a_in.at(i, 0).data),
-            reinterpret_cast<const at::BFloat16*>(b_panels.get() + j * panel_size),
-            sums.get() + (j * m + i) * kPanel);
-        i += rows;
+      const int64_t cols = std::min(kPanel, n - j * kPanel);
+      const bfloat16_t* panel = b_panels.get() + j * panel_size;
+      float* panel_sums = keeps_sums ? sums.get() + j * m * kPanel : nullptr;
+      if (!own) {
+        unit_block(m, cols, even_depth, a_in.data, a_in.row, panel, panel_sums, p > 0);
+        continue;
       }
+      bfloat16_t* out = nullptr;
+      if constexpr (std::is_same_v<Out, bfloat16_t>) {
+        out = rounds_in_tile && p + depth == k ? c + j * kPanel : nullptr;
+      }
+      pairs.block(
+          m, cols, even_depth / 2, a_in.data, a_in.row, panel, panel_sums, p > 0,
+          bias ? bias + j * kPanel : nullptr, act, out, c_row);
     }
   }
-  at::native::cpublas::brgemm_release();  // AMX's tiles, which oneDNN's own products set up anew
+  if (!own) {
+    at::native::cpublas::brgemm_release();  // AMX's tiles, which oneDNN's own products set up anew
+  }
+  if (rounds_in_tile) {
+    return;
+  }
   for (int64_t j = 0; j < panels; ++j) {
     const int64_t cols = std::min(kPanel, n - j * kPanel);
     const float* in = sums.get() + j * m * kPanel;
@@ -127,10 +175,16 @@ void gemm_serial_bf16(
 // Columns of one task of gemm; their number changes no bit.
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
+#if MYLAYERS_BRGEMM
+  if (std::is_same_v<T, bfloat16_t> && has_bf16_units()) {
+    return has_pair_tiles() ? std::clamp(kPairSums / m, kUnitColumns, kMostPairColumns)
+                            : kUnitColumns;
+  }
+#endif
   if (std::is_same_v<T, acc_t<T>> && m <= kStreamRows && k > kStreamDepth && b.col == 1) {
     return kStreamSums / m;
   }
-  return kColumnBlock<T>;
+  return kColumnBlock;
 }
 
 // act(a (m, k) @ b (k, n) + bias) into c, on this thread. Out is T, or acc_t<T> for
@@ -240,7 +294,7 @@ void gemm(
     col_blocks = 1;
     row_blocks = round_up(ceil_div(m, kRowBlock), threads);
   }
-  // Whole tiles of 6 rows, or calls of the matrix units for 16 and more; equal tasks come first.
+  // Whole tiles of 6 rows, or calls of brgemm for 16 and more; equal tasks come first.
   const int64_t whole = std::is_same_v<T, bfloat16_t> ? 16 : kTileRows;
   const int64_t multiple = m / row_blocks >= whole ? whole : 1;
   const int64_t rows = round_up(ceil_div(m, row_blocks), multiple);

@@ -43,6 +43,12 @@ constexpr int64_t kStreamRows = 4;
 constexpr int64_t kStreamDepth = 8;
 constexpr bool streams(int64_t m, int64_t k) { return m <= kStreamRows || k <= kStreamDepth; }
 
+// Tiles and streams apply relu in registers. The other activations are too long to be unrolled
+// into each of them, and run over c while it is in level-1 cache.
+constexpr bool fits_in_tile(Activation act) {
+  return act == Activation::kNone || act == Activation::kRelu;
+}
+
 // Where sums for a mean are cut, whatever the number of threads: values of a run, rows of
 // columns.
 constexpr int64_t kRunChunk = 1 << 13;
@@ -118,6 +124,15 @@ struct PairKernels {
   void (*pack_pairs)(
       int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
       bfloat16_t* out, int64_t panel_size);
+  // For AVX512-BF16, null below the level of AVX-512: sums (m, cols <= kPanel), in rows of kPanel,
+  // = c0 + a @ b, a (m, 2 * pairs) with unit column stride, b a panel of pack_pairs, c0 = sums if
+  // `accumulate` else 0. If out is not null, act(sums + bias), rounded once, is written there
+  // instead, for an act that fits_in_tile. Every sum is one chain over the pairs in rising order,
+  // so its bits depend on neither m, cols nor how the pairs are cut into calls.
+  void (*block)(
+      int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row,
+      const bfloat16_t* b, float* sums, bool accumulate, const bfloat16_t* bias, Activation act,
+      bfloat16_t* out, int64_t out_row);
 };
 
 struct Kernels {

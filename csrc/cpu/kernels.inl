@@ -4,6 +4,7 @@
 // namespace of its own, so no inline function of another header is ever compiled for an
 // instruction set that the processor at hand may lack.
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -440,12 +441,6 @@ INLINE void with_activation(Activation act, F f) {
   }
 }
 
-// Tiles and streams apply relu in registers. The other activations are too long to be unrolled
-// into each of them, and run over c while it is in level-1 cache.
-constexpr bool fits_in_tile(Activation act) {
-  return act == Activation::kNone || act == Activation::kRelu;
-}
-
 template <class C>
 INLINE vec<C> activate_in_tile(vec<C> v, Activation act) {
   return act == Activation::kRelu ? activated<Activation::kRelu, C>(v) : v;
@@ -852,56 +847,190 @@ INLINE void store_pairs(
   std::memcpy(out, &pairs, sizeof(pairs));
 }
 
-// Two rows of b side by side, as the processor's 16-bit multiply-adds want them. In stripes of
-// 2 * kLanes rows, so that rows are read in runs and panels written in runs.
+// Columns from `first` to `width` of one row of pairs, and zeros up to a multiple of 16.
+INLINE void pack_pair_row(
+    const bfloat16_t* even, const bfloat16_t* odd, int64_t stride, int64_t first, int64_t width,
+    bfloat16_t* pairs) {
+  constexpr int L = kLanes<float>;
+  for (int64_t j = first; j < (width + 15) / 16 * 16; j += L) {
+    const int n = static_cast<int>(width - j < 0 ? 0 : width - j < L ? width - j : L);
+    const int64_t at = j * stride;
+    store_pairs(pairs + 2 * j, even + at, odd ? odd + at : nullptr, stride, n);
+  }
+}
+
+// The same of a whole panel with unit stride.
+INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
+#if MYLAYERS_LEVEL == 2
+  alignas(64) static constexpr uint16_t kInterleave[2][32] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  UNROLL
+  for (int64_t j = 0; j < kPanel; j += 32) {
+    const __m512i x = _mm512_loadu_si512(even + j), y = _mm512_loadu_si512(odd + j);
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const __m512i index = _mm512_load_si512(kInterleave[half]);
+      _mm512_storeu_si512(pairs + 2 * j + 32 * half, _mm512_permutex2var_epi16(x, index, y));
+    }
+  }
+#else
+  UNROLL
+  for (int64_t j = 0; j < kPanel; j += kLanes<float>) {
+    store_pairs(pairs + 2 * j, even + j, odd + j, 1, kLanes<float>);
+  }
+#endif
+}
+
+// To level-1 cache. p may lie beyond the memory at hand.
+INLINE void prefetch_panel_row(const bfloat16_t* p, int64_t ahead) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + sizeof(bfloat16_t) * ahead;
+  __builtin_prefetch(reinterpret_cast<const void*>(at));
+  __builtin_prefetch(reinterpret_cast<const void*>(at + 64));
+}
+
+// Two rows of b side by side, as the processor's 16-bit multiply-adds want them. Memory is read in
+// long runs, four whole rows at a time or whole columns, the rows below being asked for meanwhile:
+// 4096 x 4096 took 1.3 ms so, 1.9 without asking and 2.3 two rows at a time, on one thread.
 void pack_pairs(
     int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
     bfloat16_t* out, int64_t panel_size) {
   constexpr int L = kLanes<float>;
-  constexpr int64_t out_row = 2 * kPanel;
-  for (int64_t r = 0; r < rows; r += 2 * L) {
-    const int64_t height = rows - r < 2 * L ? rows - r : 2 * L;
-    for (int64_t c = 0; c < cols; c += kPanel) {
-      const int64_t width = cols - c < kPanel ? cols - c : kPanel;
-      const bfloat16_t* from = in + r * in_row + c * in_col;
-      bfloat16_t* to = out + c / kPanel * panel_size + r / 2 * out_row;
-      if (in_row == 1 && height == 2 * L && width == kPanel) {
-        // Pairs lie side by side already, down the columns: transpose them as 32-bit units.
-        for (int64_t j = 0; j < kPanel; j += L) {
-          vec<float> square[L];
-          UNROLL
-          for (int l = 0; l < L; ++l) {
-            square[l] = load_bits<vec<float>>(from + (j + l) * in_col);
-          }
-          transpose<float>(square);
-          UNROLL
-          for (int l = 0; l < L; ++l) {
-            std::memcpy(to + l * out_row + 2 * j, &square[l], sizeof(square[l]));
+  constexpr int64_t out_row = 2 * kPanel, kBand = 4;
+  if (in_row != 1 || in_col == 1) {
+    for (int64_t r = 0; r < rows; r += kBand) {
+      for (int64_t c = 0; c < cols; c += kPanel) {
+        const int64_t width = cols - c < kPanel ? cols - c : kPanel;
+        bfloat16_t* panel = out + c / kPanel * panel_size;
+        for (int64_t i = r; i < rows && i < r + kBand; i += 2) {
+          const bfloat16_t* even = in + i * in_row + c * in_col;
+          const bfloat16_t* odd = i + 1 < rows ? even + in_row : nullptr;
+          bfloat16_t* pairs = panel + i / 2 * out_row;
+          if (in_col == 1 && odd && width == kPanel) {
+            prefetch_panel_row(even, kBand * in_row);
+            prefetch_panel_row(odd, kBand * in_row);
+            pack_whole_pair_row(even, odd, pairs);
+          } else {
+            pack_pair_row(even, odd, in_col, 0, width, pairs);
           }
         }
-        continue;
       }
-      const int64_t padded = (width + 15) / 16 * 16;
-      for (int64_t l = 0; l < height; l += 2) {
-        const bfloat16_t* even = from + l * in_row;
-        const bfloat16_t* odd = l + 1 < height ? even + in_row : nullptr;
-        bfloat16_t* pairs = to + l / 2 * out_row;
-        if (in_col == 1 && odd && width == kPanel) {
-          UNROLL
-          for (int64_t j = 0; j < kPanel; j += L) {
-            store_pairs(pairs + 2 * j, even + j, odd + j, 1, L);
-          }
-          continue;
+    }
+    return;
+  }
+  const int64_t whole = rows / (2 * L) * (2 * L);
+  for (int64_t c = 0; c < cols; c += kPanel) {
+    const int64_t width = cols - c < kPanel ? cols - c : kPanel, squares = width / L * L;
+    const bfloat16_t* from = in + c * in_col;
+    bfloat16_t* to = out + c / kPanel * panel_size;
+    // Pairs lie side by side already, down the columns: transpose them as 32-bit units.
+    for (int64_t j = 0; j < squares; j += L) {
+      for (int64_t r = 0; r < whole; r += 2 * L) {
+        vec<float> square[L];
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          square[l] = load_bits<vec<float>>(from + r + (j + l) * in_col);
         }
-        for (int64_t j = 0; j < padded; j += L) {
-          const int n = static_cast<int>(width - j < 0 ? 0 : width - j < L ? width - j : L);
-          const int64_t at = j * in_col;
-          store_pairs(pairs + 2 * j, even + at, odd ? odd + at : nullptr, in_col, n);
+        transpose<float>(square);
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          std::memcpy(to + (r / 2 + l) * out_row + 2 * j, &square[l], sizeof(square[l]));
         }
+      }
+    }
+    for (int64_t r = squares == kPanel ? whole : 0; r < rows; r += 2) {
+      pack_pair_row(
+          from + r, r + 1 < rows ? from + r + 1 : nullptr, in_col, r < whole ? squares : 0, width,
+          to + r / 2 * out_row);
+    }
+  }
+}
+
+#if MYLAYERS_LEVEL == 2
+MYLAYERS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
+
+// As tile, of pairs: a panel of b as pack_pairs makes it, sums in rows of kPanel. The last call of
+// a sum that writes out rounds it to bfloat16.
+template <int kRows, int kVectors>
+void pair_tile(
+    int64_t pairs, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b, float* sums,
+    bool accumulate, int64_t cols, const bfloat16_t* bias, Activation act, bfloat16_t* out,
+    int64_t out_row) {
+  constexpr int L = kLanes<float>;
+  __m512 sum[kRows][kVectors];
+  UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] = accumulate ? _mm512_loadu_ps(sums + i * kPanel + v * L) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512i row[kVectors];
+    UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      row[v] = _mm512_loadu_si512(b + 2 * v * L);
+    }
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i x = _mm512_set1_epi32(load_bits<int>(a + i * a_row));
+      UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)x, (__m512bh)row[v]);
+      }
+    }
+    a += 2;
+    b += 2 * kPanel;
+  }
+  UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    const int n = static_cast<int>(cols - v * L < L ? cols - v * L : L);
+    const vec<float> add = out && bias ? load_n(bias + v * L, n) : vec<float>{};
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (out) {
+        const vec<float> total = (vec<float>)sum[i][v];
+        store_n(
+            out + i * out_row + v * L, activate_in_tile<float>(bias ? total + add : total, act), n);
+      } else {
+        _mm512_storeu_ps(sums + i * kPanel + v * L, sum[i][v]);
       }
     }
   }
 }
+
+template <int kVectors>
+void pair_panel(
+    int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
+    float* sums, bool accumulate, const bfloat16_t* bias, Activation act, bfloat16_t* out,
+    int64_t out_row) {
+  constexpr decltype(&pair_tile<1, kVectors>) by_rows[kTileRows] = {
+      pair_tile<1, kVectors>, pair_tile<2, kVectors>, pair_tile<3, kVectors>,
+      pair_tile<4, kVectors>, pair_tile<5, kVectors>, pair_tile<6, kVectors>};
+  for (int64_t i = 0; i < m; i += kTileRows) {
+    by_rows[(m - i < kTileRows ? m - i : kTileRows) - 1](
+        pairs, a + i * a_row, a_row, b, sums + i * kPanel, accumulate, cols, bias, act,
+        out ? out + i * out_row : nullptr, out_row);
+  }
+}
+
+void pair_block(
+    int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
+    float* sums, bool accumulate, const bfloat16_t* bias, Activation act, bfloat16_t* out,
+    int64_t out_row) {
+  constexpr decltype(&pair_panel<1>) by_vectors[kTileVectors] = {
+      pair_panel<1>, pair_panel<2>, pair_panel<3>, pair_panel<4>};
+  by_vectors[(cols - 1) / kLanes<float>](
+      m, cols, pairs, a, a_row, b, sums, accumulate, bias, act, out, out_row);
+}
+
+MYLAYERS_TARGET_END
+constexpr auto kPairBlock = pair_block;
+#else
+constexpr std::nullptr_t kPairBlock = nullptr;
+#endif
 
 template <class T>
 void finish(
@@ -1200,7 +1329,7 @@ constexpr Kernels kTable = {
     kStorage<double>,
     kStorage<half_t>,
     kStorage<bfloat16_t>,
-    {pack<bfloat16_t, bfloat16_t>, pack_pairs},
+    {pack<bfloat16_t, bfloat16_t>, pack_pairs, kPairBlock},
 };
 
 }  // namespace
