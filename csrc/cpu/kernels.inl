@@ -68,29 +68,33 @@ using vec = typename Vector<C>::type;
 template <class C>
 constexpr int kLanes = kBytes / static_cast<int>(sizeof(C));
 
-// a * b + c in one rounding where the processor has it. Left to the compiler, which contracts what
-// it sees in one piece, g++ 12 rounded the product of some streams for AVX2: 3 rows of a batch then
-// differed from 1.
+// a * b + c in one rounding where the processor has it. Nothing is left to the compiler
+// (-ffp-contract=off): g++ 12 contracts what it sees in one piece, and where one of several copies
+// of a loop was not, 3 rows of a batch differed from 1.
+template <class C>
+INLINE vec<C> multiply_add(vec<C> a, vec<C> b, vec<C> c) {
 #if MYLAYERS_LEVEL == 2
-INLINE vec<float> multiply_add(float a, vec<float> b, vec<float> c) {
-  return (vec<float>)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
-}
-INLINE vec<double> multiply_add(double a, vec<double> b, vec<double> c) {
-  return (vec<double>)_mm512_fmadd_pd(_mm512_set1_pd(a), (__m512d)b, (__m512d)c);
-}
+  if constexpr (sizeof(C) == 4) {
+    return (vec<C>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else {
+    return (vec<C>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
 #elif MYLAYERS_LEVEL == 1
-INLINE vec<float> multiply_add(float a, vec<float> b, vec<float> c) {
-  return (vec<float>)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
-}
-INLINE vec<double> multiply_add(double a, vec<double> b, vec<double> c) {
-  return (vec<double>)_mm256_fmadd_pd(_mm256_set1_pd(a), (__m256d)b, (__m256d)c);
-}
+  if constexpr (sizeof(C) == 4) {
+    return (vec<C>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else {
+    return (vec<C>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
 #else
-template <class C, class V>
-INLINE V multiply_add(C a, V b, V c) {
-  return c + a * b;
-}
+  return a * b + c;
 #endif
+}
+
+// x in every lane; x + 0 would lose the sign of -0.
+template <class C>
+INLINE vec<C> splat(C x) {
+  return x - vec<C>{};
+}
 
 // memcpy: any alignment is fine, and any compiler makes it one instruction.
 template <class V, class T>
@@ -358,17 +362,18 @@ struct Exponential {
   INLINE explicit Exponential(vec<C> x) {
     using K = ExpConstants<C>;
     using Integers = typename Vector<C>::mask;
-    const vec<C> magic = vec<C>{} + K::kMagic;
-    const vec<C> shifted = x * static_cast<C>(0x1.71547652b82fep+0) + magic;
+    const vec<C> magic = splat<C>(K::kMagic);
+    const vec<C> shifted = multiply_add<C>(x, splat<C>(0x1.71547652b82fep+0), magic);
     const vec<C> n = shifted - magic;
     power = (vec<C>)(((Integers)shifted + (K::kBias - 1)) << K::kBits);
-    const vec<C> r = (x - n * K::kLn2High) - n * K::kLn2Low;
-    vec<C> sum = vec<C>{} + K::kSeries[K::kTerms - 1];
+    vec<C> r = multiply_add<C>(n, splat<C>(-K::kLn2High), x);
+    r = multiply_add<C>(n, splat<C>(-K::kLn2Low), r);
+    vec<C> sum = splat<C>(K::kSeries[K::kTerms - 1]);
     UNROLL
     for (int i = K::kTerms - 2; i >= 0; --i) {
-      sum = sum * r + K::kSeries[i];
+      sum = multiply_add<C>(sum, r, splat<C>(K::kSeries[i]));
     }
-    p = r * r * sum + r;
+    p = multiply_add<C>(r * r, sum, r);
   }
 };
 
@@ -379,7 +384,7 @@ template <class C>
 INLINE vec<C> expm1_of_negative(vec<C> x) {
   const Exponential<C> e(x < -40 ? vec<C>{} - 40 : x);
   const vec<C> power = e.power + e.power;
-  return power * e.p + (power - 1);
+  return multiply_add<C>(power, e.p, power - 1);
 }
 
 template <Activation kActivation, class C>
@@ -395,9 +400,9 @@ INLINE vec<C> activated(vec<C> v) {
     // PyTorch's formula, rounding where it rounds. Where e^-x overflows the result is 0.
     constexpr C kLargest = ExpConstants<C>::kLargest;
     vec<C> x = v > 40 ? vec<C>{} - 40 : -v;
-    x = x > kLargest ? vec<C>{} + kLargest : x;
+    x = x > kLargest ? splat(kLargest) : x;
     const Exponential<C> e(x);
-    return 1 / (1 + e.power * (1 + e.p) * 2);
+    return 1 / multiply_add<C>(e.power * (1 + e.p), splat<C>(2), splat<C>(1));
   } else if constexpr (kActivation == Activation::kElu) {
     return v < 0 ? expm1_of_negative<C>(v) : v;
   } else {
@@ -411,7 +416,7 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
   if constexpr (kActivation == Activation::kRelu) {
     return y <= 0 ? vec<C>{} : g;
   } else if constexpr (kActivation == Activation::kTanh) {
-    return g * (1 - y * y);
+    return g * multiply_add<C>(-y, y, splat<C>(1));
   } else if constexpr (kActivation == Activation::kSigmoid) {
     return g * (1 - y) * y;
   } else if constexpr (kActivation == Activation::kElu) {
@@ -487,7 +492,7 @@ void tile(
       const C x = load_bits<C>(a + i * a_row);
       UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        sum[i][v] = multiply_add(x, row[v], sum[i][v]);
+        sum[i][v] = multiply_add<C>(splat(x), row[v], sum[i][v]);
       }
     }
     a += a_col;
@@ -570,7 +575,7 @@ void stream_pass(
           vec<C> sum = accumulate ? load_n(out, n) : vec<C>{};
           UNROLL
           for (int s = 0; s < kSteps; ++s) {
-            sum = multiply_add(x[i][s], row[s], sum);
+            sum = multiply_add<C>(splat(x[i][s]), row[s], sum);
           }
           if (finish) {
             sum = activate_in_tile<C>(bias ? sum + load_n(bias + j, n) : sum, act);
@@ -805,7 +810,7 @@ void stream_transposed(
           UNROLL
           for (int i = 0; i < kRows; ++i) {
             const C x = load_bits<C>(a + i * a_row + (p + s) * a_col);
-            sum[i] = multiply_add(x, square[s], sum[i]);
+            sum[i] = multiply_add<C>(splat(x), square[s], sum[i]);
           }
         }
       }
@@ -1140,7 +1145,7 @@ template <class T, bool kDown = true>
 void subtract(int64_t count, const T* x, double mean, T* out) {
   using C = acc_t<T>;
   // x - x.mean() subtracts a mean of x's own dtype.
-  const vec<C> m = rounded<T>(vec<C>{} + static_cast<C>(mean));
+  const vec<C> m = rounded<T>(splat(static_cast<C>(mean)));
   for_vectors_towards<C, kDown>(count, BODY { store_n(out + j, load_n(x + j, n) - m, n); });
 }
 
@@ -1166,7 +1171,7 @@ void center_short_runs(int64_t runs, int64_t count, const T* x, T* out) {
     }
     for (int64_t i = 0; i < block; ++i) {
       const C mean = static_cast<C>(sums[i] / static_cast<double>(count));
-      store(means + i * count, vec<C>{} + mean);  // the next run's mean overwrites the excess
+      store(means + i * count, splat(mean));  // the next run's mean overwrites the excess
     }
     for_vectors<C>(
         size,
