@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import limits, machine, report
-from benchmarks.cases import DTYPES, FAMILIES, SUITES
-from benchmarks.measure import THRESHOLD, Case, Result, VerificationError, measure
+from benchmarks.cases import DTYPES, FAMILIES, SUITES, suites
+from benchmarks.measure import GRAPHED, THRESHOLD, Case, Result, VerificationError, measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SECONDS = 0.6  # of timing for a case
@@ -41,7 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"fail if a case is slower than {THRESHOLD} times the best peer",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: on the current GPU, ungraphed and graphed, with shapes of its own",
+    )
     parser.add_argument(
         "--threads",
         type=_count,
@@ -66,22 +71,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
+    known = suites(arguments.device)
     return [
-        Case(name, shape, dtype, arguments.device, threads)
-        for name in SUITES
+        Case(name, shape, dtype, device, threads)
+        for name in known
         if not arguments.only or {name, name.partition("-")[0]} & set(arguments.only)
         for dtype in dict.fromkeys(arguments.dtype)
         for threads in dict.fromkeys(arguments.threads)
-        for shape in SUITES[name].grid(dtype, arguments.quick)
+        for device in ([arguments.device, GRAPHED] if arguments.device == "cuda" else ["cpu"])
+        for shape in known[name].grid(dtype, arguments.quick)
         if not arguments.shape or {str(shape), str(shape).split()[0]} & set(arguments.shape)
     ]
 
 
 def _limits(arguments: argparse.Namespace, console: Console) -> dict[int, limits.Limits]:
-    if arguments.device != "cpu":
-        return {}
+    measured = limits.measure if arguments.device == "cpu" else limits.measure_cuda
     try:
-        return {threads: limits.measure(threads) for threads in dict.fromkeys(arguments.threads)}
+        return {threads: measured(threads) for threads in dict.fromkeys(arguments.threads)}
     except limits.UnavailableError as error:
         console.print(f"No limits: {error}", style="yellow", markup=False, soft_wrap=True)
         return {}
@@ -102,7 +108,8 @@ def _measure_all(
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case), refresh=True)
-            results.append(measure(SUITES[case.suite], case, seconds, known.get(case.threads)))
+            suite = suites(case.place)[case.suite]
+            results.append(measure(suite, case, seconds, known.get(case.threads)))
             progress.advance(task)
         progress.update(task, description="done", refresh=True)
     return results
@@ -123,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU on this machine")
     cases = _cases(arguments)
     if not cases:
-        parser.error(f"--shape: no such shape in these suites: {' '.join(arguments.shape)}")
+        parser.error(f"--shape: no such shape in these suites: {' '.join(arguments.shape or ())}")
     here = machine.describe(arguments.device)
     out = arguments.out or RESULTS / machine.folder_name(here, arguments.quick)
     try:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Spread, Step, backward_step, take_turns
+from benchmarks.timing import Spread, Step, backward_step, cuda_clock, take_turns
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "benchmarks"
@@ -86,6 +86,7 @@ class Limits:
     copy: dict[int, float]
     calls: dict[str, float]
     nodes: dict[int, float]
+    least_call: str = "+ allocation"  # the one of calls that no forward can do without
 
     def of(self, work: Work, dtype: str, gradients: int) -> Limit:
         """The limit of a step.
@@ -102,7 +103,7 @@ class Limits:
             # A node of more gradients than were measured costs no less.
             "call": self.nodes[min(gradients, max(self.nodes))]
             if gradients
-            else self.calls[ALLOCATION],
+            else self.calls[self.least_call],
         }
         binding = max(bounds, key=bounds.__getitem__)
         return Limit(bounds[binding], binding)
@@ -152,6 +153,57 @@ def measure(threads: int) -> Limits:
         torch.set_num_threads(before)
 
 
+GPU_COPY_BYTES = [1 << n for n in range(16, 34)]
+GPU_PRODUCT = 8192  # rows and columns of the product that is the peak
+GPU_SECONDS = 0.05  # for each of its limits
+KERNEL = "kernel in a graph"
+
+
+def measure_cuda(threads: int) -> Limits:
+    """Measure the limits of the current GPU: its largest product, its copies, an empty kernel.
+
+    Args:
+        threads: of the processor; they change nothing here.
+    """
+    peak = {}
+    for dtype in UNITS:
+        size = GPU_PRODUCT
+        a, b = (torch.randn(size, size, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
+        peak[dtype] = 2 * size**3 / _best_on_gpu(functools.partial(torch.mm, a, b))
+        del a, b
+    copy = {}
+    for moved in GPU_COPY_BYTES:
+        source = torch.ones(moved // 2, device="cuda", dtype=torch.uint8)
+        copy[moved] = moved / _best_on_gpu(
+            functools.partial(torch.empty_like(source).copy_, source)
+        )
+        del source
+    kernel = _kernel_seconds()
+    return Limits(
+        threads=threads,
+        peak=peak,
+        units={f"{dtype} product": rate for dtype, rate in peak.items()},
+        copy=copy,
+        calls={KERNEL: kernel},
+        nodes=dict.fromkeys((1, 2, 3), 2 * kernel),  # forward, and backward
+        least_call=KERNEL,
+    )
+
+
+def _best_on_gpu(step: Step) -> float:
+    return min(take_turns({"": step}, GPU_SECONDS, cuda_clock)[""])
+
+
+def _kernel_seconds(count: int = 100) -> float:
+    """Of one of many in a graph, the least that a kernel can take."""
+    value = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            value.add_(1)
+    return _best_on_gpu(graph.replay) / count
+
+
 @functools.cache
 def _library() -> ModuleType:
     # Each torch and Python has a folder of its own: what was built with one crashes in another.
@@ -188,7 +240,7 @@ def _copy_rates() -> dict[int, float]:
     for size in COPY_BYTES:
         source = torch.ones(size // 2 // 4)
         steps[str(size)] = functools.partial(torch.empty_like(source).copy_, source)
-    samples = take_turns(steps, COPY_SECONDS, lambda: None)
+    samples = take_turns(steps, COPY_SECONDS)
     return {size: size / min(samples[str(size)]) for size in COPY_BYTES}
 
 
@@ -229,5 +281,5 @@ def _nodes(library: ModuleType) -> dict[int, float]:
 
 
 def _medians(steps: dict[str, Step]) -> dict[str, float]:
-    samples = take_turns(steps, CALL_SECONDS, lambda: None)
+    samples = take_turns(steps, CALL_SECONDS)
     return {name: Spread.of(values).median for name, values in samples.items()}

@@ -13,12 +13,26 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 from benchmarks.cases import DTYPES, SUBJECT, Candidate, Shape, Suite, rounding
 from benchmarks.limits import Limit, Limits, Work
-from benchmarks.timing import Spread, Step, backward_step, sample, take_turns, training_step
+from benchmarks.timing import (
+    Clock,
+    Spread,
+    Step,
+    backward_step,
+    cuda_clock,
+    sample,
+    take_turns,
+    training_step,
+    wall_clock,
+)
 
 THRESHOLD = 0.97  # of the fastest peer's speed: below it, ours is slower
 TOO_SLOW = 20  # times slower than ours is not worth its time,
 AFFORDABLE_SECONDS = 0.05  # unless a step takes no longer than this
 ONCE_SECONDS = 1.0  # after a step of more, no second one tells how long it takes
+
+
+GRAPHED = "cuda, graphed"  # as a device: its steps are captured once, then replayed
+MOST_BUFFERS = 64
 
 
 class VerificationError(Exception):
@@ -34,6 +48,11 @@ class Case:
     dtype: str
     device: str
     threads: int
+
+    @property
+    def place(self) -> str:
+        """The device as PyTorch names it."""
+        return self.device.partition(",")[0]
 
     def __str__(self) -> str:
         """For the progress bar and for messages."""
@@ -92,7 +111,7 @@ class Problem:
         generator = torch.Generator().manual_seed(zlib.crc32(str(case.shape).encode()))
 
         def place(tensor: Tensor) -> Tensor:
-            return tensor.to(case.device, dtype)
+            return tensor.to(case.place, dtype)
 
         self.dtype = dtype
         self.gradients = suite.gradients_at(case.shape)
@@ -124,22 +143,28 @@ class Problem:
                 if not drawn.any():
                     raise VerificationError(f"{case}: rounding may decide about every gradient")
             if suite.trains:
-                self.target = place(output.detach() - drawn.to(case.device))
+                self.target = place(output.detach() - drawn.to(case.place))
                 F.mse_loss(output, self.target.double(), reduction="sum").backward()
             else:
                 self.grad_output = place(drawn)
                 output.backward(self.grad_output.double())
             self.expected += [exact[position].grad for position in self.gradients]
 
-    def prepare(self, candidate: Candidate) -> tuple[Step, Callable[[Any], list[Tensor | None]]]:
+    def prepare(
+        self, candidate: Candidate, arguments: Sequence[Tensor] | None = None
+    ) -> tuple[Step, Callable[[Any], list[Tensor | None]]]:
         """The step that is timed, and what makes of its result the output and the gradients.
 
         Candidates share the memory of the arguments that they take in the same layout, so
         that none is luckier than another in where its own copy lies.
+
+        Args:
+            candidate: what computes.
+            arguments: other memory with the same values; the problem's own if None.
         """
         arguments = [
             argument.t().contiguous() if position in candidate.transposed else argument.detach()
-            for position, argument in enumerate(self.arguments)
+            for position, argument in enumerate(arguments or self.arguments)
         ]
         for position in self.gradients:
             arguments[position] = nn.Parameter(arguments[position])
@@ -186,6 +211,50 @@ class Problem:
                 )
 
 
+def buffers(problem: Problem, cache: int) -> list[list[Tensor]]:
+    """Copies of a problem's arguments, so many that a turn through them does not fit in a cache.
+
+    Args:
+        problem: has the first of them.
+        cache: bytes; 0 for no copies.
+    """
+    size = sum(argument.nbytes for argument in problem.arguments)
+    copies = min(MOST_BUFFERS, -(-2 * cache // size))
+    own = list(problem.arguments)
+    return [own, *([argument.clone() for argument in own] for _ in range(copies - 1))]
+
+
+def one_after_the_other(steps: Sequence[Step]) -> Step:
+    """All of them as one step."""
+
+    def turn() -> object:
+        output = None
+        for step in steps:
+            output = step()
+        return output
+
+    return steps[0] if len(steps) == 1 else turn
+
+
+def captured(step: Step) -> Step:
+    """The replay of a step's CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is chosen or compiled at first use is not captured
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> object:
+        graph.replay()
+        return output
+
+    return replay
+
+
 def measure(suite: Suite, case: Case, seconds: float, limits: Limits | None = None) -> Result:
     """Verify every candidate of a case, then time them in turns.
 
@@ -205,20 +274,20 @@ def measure(suite: Suite, case: Case, seconds: float, limits: Limits | None = No
     """
     threads_before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
-    synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
+    clock = wall_clock if case.place == "cpu" else cuda_clock
     try:
         with torch.set_grad_enabled(bool(suite.gradients)):
-            steps, first, left_out = _verified_steps(suite, case)
-            once = _too_slow(steps, first, synchronize)
+            steps, turn, first, left_out = _verified_steps(suite, case)
+            once = _too_slow(steps, first, clock)
             turns = {name: step for name, step in steps.items() if name not in once}
             restless = {name for name in turns if suite.candidates[name].restless}
             start = time.perf_counter()
-            samples = take_turns(turns, seconds, synchronize, restless)
-            result = _result(suite, case, limits, samples, once, left_out)
+            samples = take_turns(turns, seconds, clock, restless)
+            result = _result(suite, case, limits, samples, once, left_out, turn)
             if result.best_ratio.median < THRESHOLD:
                 longer = 4 * (time.perf_counter() - start)
-                samples = take_turns(turns, longer, synchronize, restless)
-                again = _result(suite, case, limits, samples, once, left_out)
+                samples = take_turns(turns, longer, clock, restless)
+                again = _result(suite, case, limits, samples, once, left_out, turn)
                 result = dataclasses.replace(again, remeasured=True)
     finally:
         torch.set_num_threads(threads_before)
@@ -228,14 +297,17 @@ def measure(suite: Suite, case: Case, seconds: float, limits: Limits | None = No
 
 def _verified_steps(
     suite: Suite, case: Case
-) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, Step], int, dict[str, float], dict[str, str]]:
     """Verify all candidates.
 
     Returns:
-        The steps of those that can compute the case, the seconds that the first step of each
-        took, and why the others cannot.
+        The steps of those that can compute the case, how often each computes it, the seconds that
+        the first step of each took, and why the others cannot.
     """
     problem = Problem(suite, case)
+    on_gpu = case.place == "cuda"
+    turn = buffers(problem, torch.cuda.get_device_properties().L2_cache_size if on_gpu else 0)
+    finished = captured if case.device == GRAPHED else lambda step: step
     steps: dict[str, Step] = {}
     first: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -245,7 +317,7 @@ def _verified_steps(
         try:
             step, upright = problem.prepare(candidate)
             start = time.perf_counter()
-            found = step()
+            found = finished(step)()
             first[name] = time.perf_counter() - start
         except Exception as error:
             if name in (SUBJECT, suite.baseline):
@@ -255,19 +327,20 @@ def _verified_steps(
             continue
         if not candidate.yardstick:
             problem.verify(upright(found), f"{name} in {case}")
-        steps[name] = step
-    return steps, first, left_out
+        others = [problem.prepare(candidate, arguments)[0] for arguments in turn[1:]]
+        steps[name] = finished(one_after_the_other([step, *others]))
+    return steps, len(turn), first, left_out
 
 
 def _too_slow(
-    steps: Mapping[str, Step], first: Mapping[str, float], synchronize: Callable[[], None]
+    steps: Mapping[str, Step], first: Mapping[str, float], clock: Clock
 ) -> dict[str, float]:
     """The peers that would take the time of all others, and the seconds of one step of theirs."""
     taken = {
         # The better of two: the machine may have been elsewhere in one.
         name: first[name]
         if first[name] > ONCE_SECONDS
-        else min(sample(step, 1, synchronize) for _ in range(2))
+        else min(sample(step, 1, clock) for _ in range(2))
         for name, step in steps.items()
     }
     return {
@@ -284,15 +357,18 @@ def _result(
     samples: Mapping[str, Sequence[float]],
     once: Mapping[str, float],
     left_out: dict[str, str],
+    turn: int,
 ) -> Result:
     own = samples[SUBJECT]
-    seconds = {name: Spread.of(values) for name, values in samples.items()}
+    seconds = {
+        name: Spread.of([value / turn for value in values]) for name, values in samples.items()
+    }
     ratios = {
         name: Spread.of([peer / ours for peer, ours in zip(values, own, strict=True)])
         for name, values in samples.items()
         if name != SUBJECT
     }
-    for name, single in once.items():
+    for name, single in ((name, value / turn) for name, value in once.items()):
         seconds[name] = Spread(single, single, single)
         ours = seconds[SUBJECT]
         ratios[name] = Spread(single / ours.median, single / ours.high, single / ours.low)

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.cases import DTYPES, LINEAR, SUBJECT, SUITES, Suite
-from benchmarks.limits import COPY_BYTES, Limits
+from benchmarks.limits import Limits
 from benchmarks.measure import THRESHOLD, Result
 from benchmarks.timing import Spread
 
@@ -93,7 +93,7 @@ def limits_table(limits: LimitsByThreads) -> Table:
     for unit in columns[0].units:
         rates = [column.units[unit] / 1e9 for column in columns]
         add(f"multiply-adds, {unit} units", "GFLOP/s", rates)
-    for size in COPY_BYTES[4::4]:
+    for size in list(columns[0].copy)[4::4]:
         rates = [column.bandwidth(size) / 1e9 for column in columns]
         add(f"copy, {size >> 10:,} KiB read and written", "GB/s", rates)
     for name in columns[0].calls:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 Step = Callable[[], object]
+Clock = Callable[[Step], float]  # the seconds that something takes
 
 SAMPLE_SECONDS = 200e-6  # a thousand times what the clock and the loop around it may err by
 LEAST_ROUNDS = 7  # the fewest that quartiles mean something for
@@ -32,6 +33,24 @@ class Spread(NamedTuple):
         """The spread of two values or more."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
+
+
+def wall_clock(step: Step) -> float:
+    """What computes on the processor's own cores."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def cuda_clock(step: Step) -> float:
+    """What a GPU computes: between two events on its stream, the first on an idle device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def backward_step(
@@ -80,7 +99,7 @@ def training_step(
 def take_turns(
     steps: Mapping[str, Step],
     seconds: float,
-    synchronize: Callable[[], None],
+    clock: Clock = wall_clock,
     restless: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Time some candidates in rounds, each of which measures every one of them once.
@@ -91,7 +110,7 @@ def take_turns(
     Args:
         steps: what to time, by name.
         seconds: how long to go on; at least ``LEAST_ROUNDS`` rounds are made.
-        synchronize: waits until the device has done what it was given.
+        clock: of the device that computes.
         restless: the names of those with threads of their own, which spin for a while after a
             step. Between theirs and the others' turns the cores are handed over, which takes
             a while; in return samples are ten times as long.
@@ -102,7 +121,7 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
         least = SAMPLE_SECONDS * (10 if restless else 1)
-        loops = {name: _loops(step, least, synchronize) for name, step in steps.items()}
+        loops = {name: _loops(step, least, clock) for name, step in steps.items()}
         order = list(steps)
         quiet = [name for name in order if name not in restless]
         before = order[-1]
@@ -113,7 +132,7 @@ def take_turns(
                 if name != before and not {name, before}.isdisjoint(restless):
                     hand_over(steps[n] for n in ([name] if name in restless else quiet))
                 before = name
-                samples[name].append(sample(steps[name], loops[name], synchronize) / loops[name])
+                samples[name].append(sample(steps[name], loops[name], clock) / loops[name])
             order.reverse()
             rounds += 1
     return samples
@@ -138,21 +157,21 @@ def hand_over(steps: Iterable[Step]) -> None:
             break
 
 
-def sample(step: Step, loops: int = 1, synchronize: Callable[[], None] = lambda: None) -> float:
+def sample(step: Step, loops: int = 1, clock: Clock = wall_clock) -> float:
     """The seconds that some steps take one after the other."""
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(loops):
-        step()
-    synchronize()
-    return time.perf_counter() - start
+
+    def all_of_them() -> None:
+        for _ in range(loops):
+            step()
+
+    return clock(all_of_them)
 
 
-def _loops(step: Step, least: float, synchronize: Callable[[], None]) -> int:
+def _loops(step: Step, least: float, clock: Clock) -> int:
     """How many steps a sample takes; finding out warms up caches, allocator and threads."""
-    sample(step, 1, synchronize)
+    sample(step, 1, clock)
     loops = 1
-    while sample(step, loops, synchronize) < least:
+    while sample(step, loops, clock) < least:
         loops *= 2
     return loops
 

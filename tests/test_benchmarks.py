@@ -395,11 +395,63 @@ def test_a_step_hands_over_its_gradients_and_keeps_none(bench):
         assert torch.equal(output, torch.full_like(output, 3))
 
 
+def test_a_turn_through_the_buffers_does_not_fit_in_the_cache(bench):
+    suite = bench.cases.SUITES["center-forward"]
+    problem = bench.measure.Problem(suite, tiny_case(bench, "center-forward"))
+    (x,) = problem.arguments
+    assert bench.measure.buffers(problem, 0) == [problem.arguments]
+    for cache in (1, x.nbytes, 3 * x.nbytes + 1):
+        copies = [copy for (copy,) in bench.measure.buffers(problem, cache)]
+        assert (len(copies) - 1) * x.nbytes < 2 * cache <= len(copies) * x.nbytes
+        assert len({copy.data_ptr() for copy in copies}) == len(copies)
+        assert all(torch.equal(copy, x) for copy in copies)
+    assert len(bench.measure.buffers(problem, 1 << 40)) == bench.measure.MOST_BUFFERS
+
+
+def test_a_turn_is_timed_as_so_many_steps(bench, monkeypatch):
+    done = []
+    turn = bench.measure.one_after_the_other([lambda n=n: done.append(n) or n for n in range(3)])
+    assert turn() == 2
+    assert done == [0, 1, 2]
+
+    buffers = bench.measure.buffers
+    samples = {"mylayers": [4.0, 4.0], "notebook": [8.0, 8.0]}
+    monkeypatch.setattr(bench.measure, "buffers", lambda problem, _: buffers(problem, 1) * 2)
+    monkeypatch.setattr(bench.measure, "take_turns", lambda *_: samples)
+    suite = eager_suite(bench, "center-forward")
+    result = bench.measure.measure(suite, tiny_case(bench, "center-forward"), seconds=0)
+    copies = len(buffers(bench.measure.Problem(suite, result.case), 1)) * 2
+    assert result.seconds["mylayers"].median == 4 / copies
+    assert result.ratios["notebook"].median == 2
+
+
+def test_a_gpu_has_shapes_and_peers_of_its_own_graphed_and_not(bench):
+    suites = bench.cases.suites("cuda")
+    assert bench.cases.suites("cpu") is bench.cases.SUITES
+    assert set(suites) <= set(bench.cases.SUITES)
+    for name, suite in suites.items():
+        assert {"mylayers", "notebook"} <= set(suite.candidates)
+        assert set(suite.candidates) <= set(bench.cases.SUITES[name].candidates)
+        assert set(suite.quick) <= set(suite.shapes)
+    arguments = bench.main._parser().parse_args(["--device", "cuda", "--only", "linear-forward"])
+    cases = bench.main._cases(arguments)
+    assert len(cases) == 2 * len(suites["linear-forward"].shapes)
+    assert {case.device for case in cases} == {"cuda", bench.measure.GRAPHED}
+    assert {case.place for case in cases} == {"cuda"}
+
+
+def test_an_empty_kernel_bounds_a_step_on_a_gpu(bench):
+    limits = dataclasses.replace(
+        made_limits(bench), calls={bench.limits.KERNEL: 1e-6}, least_call=bench.limits.KERNEL
+    )
+    assert limits.of(bench.limits.Work(1, 1), "float32", 0) == (1e-6, "call")
+
+
 def test_candidates_take_turns_in_an_order_that_turns_round(bench, monkeypatch):
     monkeypatch.setattr(bench.timing, "SAMPLE_SECONDS", 0.0)  # one step a sample
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "abc"}
-    samples = bench.timing.take_turns(steps, 0, lambda: None)
+    samples = bench.timing.take_turns(steps, 0)
     rounds = bench.timing.LEAST_ROUNDS
     assert "".join(calls) == "aabbcc" + ("abccba" * rounds)[: 3 * rounds]
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", rounds)
@@ -412,7 +464,7 @@ def test_the_cores_are_handed_over_between_restless_candidates_and_the_others(be
     monkeypatch.setattr(
         bench.timing, "hand_over", lambda to: calls.append("|") or [step() for step in to]
     )
-    bench.timing.take_turns(steps, 0, lambda: None, restless={"x"})
+    bench.timing.take_turns(steps, 0, restless={"x"})
     # x follows itself where the order turns round, and so does a: nothing to hand over there.
     rounds = "|abab|xx", "x|abba", "ab|xx", "x|abba"
     assert "".join(calls).startswith("".join(("aabbxx", *rounds)))
@@ -445,7 +497,7 @@ def test_a_sample_holds_as_many_steps_as_the_clock_needs(bench, monkeypatch):
         return step
 
     steps = {name: step_of(cost) for name, cost in costs.items()}
-    samples = bench.timing.take_turns(steps, 0.1, lambda: None)
+    samples = bench.timing.take_turns(steps, 0.1)
     for name, cost in costs.items():
         assert samples[name] == pytest.approx([cost] * len(samples[name]))
     # 8 short steps are the first power of two to fill 200 us; a round is then 240 us + 1 ms.
