@@ -43,7 +43,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
     # torch's own: it scripts its helpers when its compilers are first used in a process.
-    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script\w*` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script\w*` is deprecated"),
     # and from torch 2.14 on, opcheck looks at gradients of what is no leaf.
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),
 ]
