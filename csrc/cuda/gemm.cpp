@@ -170,7 +170,7 @@ class Problem {
         alignment(a_.data()),
         alignment(b_.data()),
         alignment(out_.const_data_ptr()),
-        bias_ == nullptr ? 0 : alignment(bias_),
+        bias_ != nullptr,
         relu_,
         static_cast<int64_t>(workspace_limit_),
         at::globalContext().deterministicAlgorithms()};
@@ -374,6 +374,15 @@ Plan Problem::plan() {
   return plans.emplace(wanted, best).first->second;
 }
 
+// The values where an epilogue may read them in vectors of 16 bytes: cuBLASLt's heuristics are told
+// how all matrices are aligned, but have no such preference for the bias.
+at::Tensor aligned(const at::Tensor& bias) {
+  constexpr uint32_t kVectorBytes = 16;
+  return alignment(bias.const_data_ptr()) % kVectorBytes == 0 && bias.is_contiguous()
+             ? bias
+             : bias.clone(at::MemoryFormat::Contiguous);
+}
+
 // Whether cuBLASLt has computed out, and relu with it or not.
 bool lt_gemm(
     const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias, bool relu,
@@ -398,7 +407,7 @@ void gemm(
   if (m == 0 || n == 0) {
     return;
   }
-  const at::Tensor bias_values = bias.defined() ? bias.contiguous() : bias;
+  const at::Tensor bias_values = bias.defined() ? aligned(bias) : bias;
   if (m > 1 && n > 1 && k > 1 && lt_gemm(a, b, bias_values, relu, out)) {
     return;
   }
@@ -406,7 +415,7 @@ void gemm(
   if (k == 0) {
     bias.defined() ? result.copy_(bias.expand_as(out)) : result.zero_();
   } else if (bias.defined()) {
-    at::addmm_out(result, bias, a, b);
+    at::addmm_out(result, bias_values, a, b);  // it may take the same epilogue
   } else {
     at::mm_out(result, a.to(out.scalar_type()), b.to(out.scalar_type()));
   }

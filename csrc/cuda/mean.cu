@@ -448,13 +448,14 @@ bool center_grid(int64_t n, const T* x, T* out, cudaStream_t stream) {
   const int64_t blocks = std::min(multiprocessors(), ceil_div(vectors, kBlock));
   const int64_t turns = ceil_div(vectors, blocks * kBlock);
   const int64_t shared = std::max<int64_t>(turns - kGridTile, 0) * kTurnBytes;
-  if (!attribute(cudaDevAttrCooperativeLaunch) ||
-      shared + kOwnShared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kOwnShared;
+  if (!attribute(cudaDevAttrCooperativeLaunch) || shared > most) {
     return false;
   }
   const auto kernel = grid_kernel<T, N>;
+  // The most in every call: what one thread asks for holds for the launches of all.
   C10_CUDA_CHECK(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
   const Scratch sums(blocks);
   const cudaError_t error = try_launch(
       {static_cast<unsigned>(blocks), kBlock, stream, static_cast<size_t>(shared), true}, kernel, n,
