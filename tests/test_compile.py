@@ -511,9 +511,7 @@ def test_make_fx_records_forward_and_backward(tracing_mode: str) -> None:
     assert_same_bits(graph(*args), gradient(*args))
 
 
-# torch.jit is deprecated as a whole and says so at every call.
 @pytest.mark.road("torch.jit.trace")
-@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning")
 def test_jit_trace_records_the_operators(tmp_path: Path) -> None:
     module = layers().eval()
     traced = torch.jit.trace(module, torch.randn(4, IN_UNITS))

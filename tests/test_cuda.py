@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import samples
@@ -42,9 +43,7 @@ MISSING = (
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
-    # torch's own: it scripts its helpers when its compilers are first used in a process.
-    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script\w*` is deprecated"),
-    # and from torch 2.14 on, opcheck looks at gradients of what is no leaf.
+    # From torch 2.14 on, opcheck looks at gradients of what is no leaf.
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),
 ]
 
@@ -148,6 +147,15 @@ def test_every_activation_forward_and_backward(with_bias, sizes, activation, dty
     )
     check_forward(functional.linear_act, sample)
     check_gradients(sample)
+
+
+@every_dtype
+def test_a_bias_may_begin_at_any_address(dtype):
+    x, weight, memory = drawn("bias", dtype, (100, 64), (64, 72), (80,))
+    for offset, activation in itertools.product(range(8), (None, "relu", "tanh")):
+        bias = memory[offset : offset + 72]
+        sample = Sample(f"offset {offset}", (x, weight, bias), {"activation": activation})
+        check_forward(functional.linear_act, sample)
 
 
 @every_dtype
@@ -389,6 +397,22 @@ def test_nothing_waits_for_the_device_once_an_algorithm_is_known():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_threads_may_call_with_different_sizes_at_once():
+    # The grid of center takes shared memory by size: more from one thread than from another.
+    last = center_edges(torch.float32)[-1]
+    inputs = drawn("threads", torch.float32, *((last // n,) for n in range(2, 10)))
+    expected = [functional.center(x) for x in inputs]
+
+    def repeated(n: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [functional.center(inputs[n]) for _ in range(20)]
+            return all(same_bits(y, expected[n]) for y in results)
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        assert all(pool.map(repeated, range(len(inputs))))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
