@@ -180,7 +180,7 @@ sources = [path for path in FILES if path.suffix == ".cpp" and path != BINDINGS]
 if cuda.architectures is not None:
     kind = CUDAExtension
     sources += [path for path in FILES if path.suffix == ".cu"]
-    link.append(str(libraries.library))
+    link += [str(libraries.library), *(f"-Wl,-rpath,$ORIGIN/../{p}" for p in libraries.packages)]
 else:
     kind = CppExtension
     sources = [path for path in sources if path.parent.name != "cuda"]

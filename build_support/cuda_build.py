@@ -18,6 +18,7 @@ ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 # What ATen's CUDA headers include and what is linked, beyond the compiler and its runtime.
 HEADERS = ("cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 LIBRARY = "libcublasLt.so"
+RUNTIME = "libcudart.so"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,14 @@ class Libraries:
         include: folders beside the toolkit's own.
         library: cuBLASLt; None if it is nowhere.
         missing: headers that are nowhere.
+        packages: folders beside torch's with libraries that are linked. In Python torch has loaded
+            them before; a program without Python is told by these where they are.
     """
 
     include: list[Path] = field(default_factory=list)
     library: Path | None = None
     missing: list[str] = field(default_factory=list)
+    packages: list[Path] = field(default_factory=list)
 
 
 def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
@@ -112,7 +116,12 @@ def find_libraries(home: Path, site_packages: Path) -> Libraries:
         for folder in (home / "lib64", home / "lib", *(p / "lib" for p in packages))
         for library in sorted(folder.glob(LIBRARY + "*"))
     ]
-    return Libraries(include, found[0] if found else None, missing)
+    beside = [
+        (package / "lib").relative_to(site_packages)
+        for package in packages
+        if any([*package.glob(f"lib/{name}*")] for name in (LIBRARY, RUNTIME))
+    ]
+    return Libraries(include, found[0] if found else None, missing, beside)
 
 
 def decide(

@@ -151,8 +151,9 @@ def test_headers_and_library_come_from_the_toolkit_or_from_pips_packages(tmp_pat
         (package / "include" / header).touch()
     (package / "lib" / "libcublasLt.so.13").touch()
     found = cuda_build.find_libraries(home, site)
+    beside = [Path("nvidia", "cu13", "lib")]
     assert found == cuda_build.Libraries(
-        [package / "include"], package / "lib" / "libcublasLt.so.13", []
+        [package / "include"], package / "lib" / "libcublasLt.so.13", [], beside
     )
 
     (home / "lib64").mkdir()
@@ -160,4 +161,16 @@ def test_headers_and_library_come_from_the_toolkit_or_from_pips_packages(tmp_pat
     for header in cuda_build.HEADERS:
         (home / "include" / header).touch()
     found = cuda_build.find_libraries(home, site)
-    assert found == cuda_build.Libraries([], home / "lib64" / "libcublasLt.so", [])
+    assert found == cuda_build.Libraries([], home / "lib64" / "libcublasLt.so", [], beside)
+
+
+def test_a_program_without_python_is_told_of_every_package_that_is_linked(tmp_path):
+    for library in (
+        "cublas/lib/libcublasLt.so.12",
+        "cuda_runtime/lib/libcudart.so.12",
+        "nccl/lib/x",
+    ):
+        (tmp_path / "nvidia" / library).parent.mkdir(parents=True)
+        (tmp_path / "nvidia" / library).touch()
+    found = cuda_build.find_libraries(tmp_path / "cuda", tmp_path)
+    assert found.packages == [Path("nvidia/cublas/lib"), Path("nvidia/cuda_runtime/lib")]

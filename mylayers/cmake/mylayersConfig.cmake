@@ -22,12 +22,18 @@ found ${Torch_VERSION} in ${Torch_DIR}.")
   return()
 endif()
 
+# What the CUDA kernels need of a torch that has CUDA; torch's own target links it "as needed" only.
+set(_c10_cuda)
+if(C10_CUDA_LIBRARY)
+  set(_c10_cuda "-Wl,--no-as-needed,\"${C10_CUDA_LIBRARY}\"")
+endif()
+
 if(NOT TARGET mylayers::mylayers)
   add_library(mylayers::mylayers SHARED IMPORTED)
   set_target_properties(mylayers::mylayers PROPERTIES
     IMPORTED_LOCATION "${_mylayers}/libmylayers.so"
     IMPORTED_SONAME libmylayers.so
-    INTERFACE_LINK_LIBRARIES torch
+    INTERFACE_LINK_LIBRARIES "${_c10_cuda};torch"
     # No symbol of the library need be named: to load it registers the operators.
     INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
 endif()
