@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import limits, machine, report
-from benchmarks.cases import DTYPES, FAMILIES, SUITES, suites
+from benchmarks.cases import DTYPES, FAMILIES, SUITES, names, suites
 from benchmarks.measure import GRAPHED, THRESHOLD, Case, Result, VerificationError, measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -75,7 +75,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     return [
         Case(name, shape, dtype, device, threads)
         for name in known
-        if not arguments.only or {name, name.partition("-")[0]} & set(arguments.only)
+        if not arguments.only or names(name) & set(arguments.only)
         for dtype in dict.fromkeys(arguments.dtype)
         for threads in dict.fromkeys(arguments.threads)
         for device in ([arguments.device, GRAPHED] if arguments.device == "cuda" else ["cpu"])
@@ -128,9 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU on this machine")
+    measured = set().union(*map(names, suites(arguments.device)))
+    if elsewhere := [name for name in arguments.only or () if name not in measured]:
+        parser.error(
+            f"--only: not measured with --device {arguments.device}: {' '.join(elsewhere)}"
+        )
     cases = _cases(arguments)
     if not cases:
-        parser.error(f"--shape: no such shape in these suites: {' '.join(arguments.shape or ())}")
+        parser.error(f"--shape: no such shape in these suites: {' '.join(arguments.shape)}")
     here = machine.describe(arguments.device)
     out = arguments.out or RESULTS / machine.folder_name(here, arguments.quick)
     try:

@@ -440,15 +440,6 @@ def _center_candidates(
     }
 
 
-# On a GPU the harness itself captures every candidate in a graph.
-NO_GRAPHS = "max-autotune-no-cudagraphs"
-LINEAR_GPU_TRAINING = {
-    **_LINEAR_EAGER,
-    "compile": Candidate(compiled(operator(_linear_formula))),
-    "max-autotune": Candidate(compiled(operator(_linear_formula), mode=NO_GRAPHS)),
-}
-LINEAR_GPU_INFERENCE = {**LINEAR_GPU_TRAINING, "addmm_act": LINEAR_INFERENCE["addmm_act"]}
-CENTER_GPU = _center_candidates(_center_formula, NO_GRAPHS)
 CENTER_WHOLE = _center_candidates(_center_formula)
 CENTER_DIM = _center_candidates(_center_dim_formula)
 CENTER_MODULE = {
@@ -525,14 +516,6 @@ LINEAR_MODULE_SHAPES = LINEAR_SHAPES[1:12:2]
 LINEAR_WEIGHTS_SHAPES = LINEAR_SHAPES[1:-2:2]
 LINEAR_QUICK = _shapes((2, 64, 8), (32, 64, 64), (33, 129, 65), (1, 1024, 1024), (256, 1024, 1024))
 CENTER_SHAPES = _shapes((5,), *((1 << n,) for n in range(14, 28, 2)))
-LINEAR_GPU_SHAPES = _shapes(
-    (128, 256, 256),
-    (4096, 1024, 1024),
-    (8192, 4096, 4096),
-    (65536, 256, 256),
-    (1 << 20, 64, 64),
-)
-CENTER_GPU_SHAPES = _shapes(*((1 << n,) for n in (10, 14, 17, *range(19, 27), 28, 30)))
 CENTER_DIM_SHAPES = tuple(
     Shape(sizes, dim)
     for size in (16, 256, 4096)
@@ -678,28 +661,56 @@ SUITES: dict[str, Suite] = {
     ),
 }
 
-# What "--only" takes beside the suites: all whose names begin so.
+
+def names(suite: str) -> set[str]:
+    """What ``--only`` calls a suite: by its own name, or that of all that begin so."""
+    return {suite, suite.partition("-")[0]}
+
+
 FAMILIES = tuple(dict.fromkeys(name.partition("-")[0] for name in SUITES))
 
 
-def _on_gpu(
-    name: str, candidates: Mapping[str, Candidate], shapes: tuple[Shape, ...], quick: int
-) -> Suite:
-    return dataclasses.replace(
-        SUITES[name], candidates=candidates, shapes=shapes, quick=shapes[::quick]
-    )
-
+# On a GPU the harness itself captures every candidate in a graph.
+_NO_GRAPHS = "max-autotune-no-cudagraphs"
+LINEAR_GPU_TRAINING = {
+    **_LINEAR_EAGER,
+    "compile": Candidate(compiled(operator(_linear_formula))),
+    "max-autotune": Candidate(compiled(operator(_linear_formula), mode=_NO_GRAPHS)),
+}
+LINEAR_GPU_INFERENCE = {**LINEAR_GPU_TRAINING, "addmm_act": LINEAR_INFERENCE["addmm_act"]}
+CENTER_GPU = _center_candidates(_center_formula, _NO_GRAPHS)
+NETWORK_GPU = {
+    **_NETWORK_EAGER,
+    "compile": Candidate(compiled(module(_stock_network))),
+    "max-autotune": Candidate(compiled(module(_stock_network), mode=_NO_GRAPHS)),
+}
+LINEAR_GPU_SHAPES = _shapes(
+    (128, 256, 256),
+    (4096, 1024, 1024),
+    (8192, 4096, 4096),
+    (65536, 256, 256),
+    (1 << 20, 64, 64),
+)
+CENTER_GPU_SHAPES = _shapes(*((1 << n,) for n in (10, 14, 17, *range(19, 27), 28, 30)))
+_LINEAR_GPU_GRID = {"shapes": LINEAR_GPU_SHAPES, "quick": LINEAR_GPU_SHAPES[::2]}
+_CENTER_GPU_GRID = {"shapes": CENTER_GPU_SHAPES, "quick": CENTER_GPU_SHAPES[::4]}
 
 GPU_SUITES: dict[str, Suite] = {
-    "linear-forward": _on_gpu("linear-forward", LINEAR_GPU_INFERENCE, LINEAR_GPU_SHAPES, 2),
-    "linear-backward": _on_gpu("linear-backward", LINEAR_GPU_TRAINING, LINEAR_GPU_SHAPES, 2),
-    "center-forward": _on_gpu("center-forward", CENTER_GPU, CENTER_GPU_SHAPES, 4),
-    "center-backward": _on_gpu("center-backward", CENTER_GPU, CENTER_GPU_SHAPES, 4),
+    name: dataclasses.replace(SUITES[name], candidates=candidates, **grid)
+    for name, candidates, grid in (
+        ("linear-forward", LINEAR_GPU_INFERENCE, _LINEAR_GPU_GRID),
+        ("linear-backward", LINEAR_GPU_TRAINING, _LINEAR_GPU_GRID),
+        ("center-forward", CENTER_GPU, _CENTER_GPU_GRID),
+        ("center-backward", CENTER_GPU, _CENTER_GPU_GRID),
+        ("networks-forward", NETWORK_GPU, {}),
+        ("networks-training", NETWORK_GPU, {}),
+        ("networks-backward", NETWORK_GPU, {}),
+    )
 }
 
 
 def suites(device: str) -> Mapping[str, Suite]:
-    """What is measured on a device: all, or on a GPU some, with peers and shapes of its own."""
+    """What is measured on a device: all, or on a GPU some, against the peers that it has."""
     return SUITES if device == "cpu" else GPU_SUITES
 
 

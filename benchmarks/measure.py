@@ -30,7 +30,6 @@ TOO_SLOW = 20  # times slower than ours is not worth its time,
 AFFORDABLE_SECONDS = 0.05  # unless a step takes no longer than this
 ONCE_SECONDS = 1.0  # after a step of more, no second one tells how long it takes
 
-
 GRAPHED = "cuda, graphed"  # as a device: its steps are captured once, then replayed
 MOST_BUFFERS = 64
 
@@ -216,7 +215,7 @@ def buffers(problem: Problem, cache: int) -> list[list[Tensor]]:
 
     Args:
         problem: has the first of them.
-        cache: bytes; 0 for no copies.
+        cache: bytes; 0 for no copies. ``MOST_BUFFERS`` of the smallest problems do fit.
     """
     size = sum(argument.nbytes for argument in problem.arguments)
     copies = min(MOST_BUFFERS, -(-2 * cache // size))
@@ -302,7 +301,7 @@ def _verified_steps(
 
     Returns:
         The steps of those that can compute the case, how often each computes it, the seconds that
-        the first step of each took, and why the others cannot.
+        each would take by its first time, and why the others cannot.
     """
     problem = Problem(suite, case)
     on_gpu = case.place == "cuda"
@@ -316,9 +315,10 @@ def _verified_steps(
             continue
         try:
             step, upright = problem.prepare(candidate)
+            ready = finished(step)
             start = time.perf_counter()
-            found = finished(step)()
-            first[name] = time.perf_counter() - start
+            found = ready()
+            first[name] = (time.perf_counter() - start) * len(turn)
         except Exception as error:
             if name in (SUBJECT, suite.baseline):
                 raise

@@ -340,11 +340,12 @@ def _ratio_panel(panel: Axes, key: Group, results: Sequence[Result]) -> None:
 def _roofline_figure(
     results: Sequence[Result], limits: LimitsByThreads, title: str
 ) -> Figure | None:
-    """Rate against operations a byte: a panel for each dtype and number of threads."""
-    groups: dict[tuple[str, int], list[Result]] = {}
+    """Rate against operations a byte: a panel for each dtype, device and number of threads."""
+    groups: dict[tuple[str, str, int], list[Result]] = {}
     for result in results:
-        if result.case.suite in ROOFLINE_SUITES and result.limit is not None:
-            groups.setdefault((result.case.dtype, result.case.threads), []).append(result)
+        case = result.case
+        if case.suite in ROOFLINE_SUITES and result.limit is not None:
+            groups.setdefault((case.dtype, case.device, case.threads), []).append(result)
     if not groups:
         return None
     columns = min(4, len(groups))
@@ -354,8 +355,8 @@ def _roofline_figure(
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for panel in panels[len(groups) :]:
         panel.set_axis_off()
-    for panel, ((dtype, threads), group) in zip(panels, groups.items(), strict=False):
-        panel.set_title(f"{dtype}, threads: {threads}", fontsize="small")
+    for panel, ((dtype, device, threads), group) in zip(panels, groups.items(), strict=False):
+        panel.set_title(f"{dtype}, {device}, threads: {threads}", fontsize="small")
         _roofline_panel(panel, group, limits[threads], dtype)
     panels[0].legend(fontsize="x-small")
     return figure

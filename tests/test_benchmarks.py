@@ -425,12 +425,12 @@ def test_a_turn_is_timed_as_so_many_steps(bench, monkeypatch):
     assert result.ratios["notebook"].median == 2
 
 
-def test_a_gpu_has_shapes_and_peers_of_its_own_graphed_and_not(bench):
+def test_a_gpu_has_suites_with_peers_of_its_own_graphed_and_not(bench):
     suites = bench.cases.suites("cuda")
     assert bench.cases.suites("cpu") is bench.cases.SUITES
     assert set(suites) <= set(bench.cases.SUITES)
     for name, suite in suites.items():
-        assert {"mylayers", "notebook"} <= set(suite.candidates)
+        assert {"mylayers", suite.baseline} <= set(suite.candidates)
         assert set(suite.candidates) <= set(bench.cases.SUITES[name].candidates)
         assert set(suite.quick) <= set(suite.shapes)
     arguments = bench.main._parser().parse_args(["--device", "cuda", "--only", "linear-forward"])
@@ -438,6 +438,15 @@ def test_a_gpu_has_shapes_and_peers_of_its_own_graphed_and_not(bench):
     assert len(cases) == 2 * len(suites["linear-forward"].shapes)
     assert {case.device for case in cases} == {"cuda", bench.measure.GRAPHED}
     assert {case.place for case in cases} == {"cuda"}
+
+
+def test_a_suite_that_a_gpu_does_not_have_is_refused(bench, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arguments in (["center-dim"], ["networks", "linear-module", "center-dim"]):
+        with pytest.raises(SystemExit):
+            bench.main.main(["--device", "cuda", "--only", *arguments])
+        refused = " ".join(name for name in arguments if name != "networks")
+        assert f"--only: not measured with --device cuda: {refused}" in capsys.readouterr().err
 
 
 def test_an_empty_kernel_bounds_a_step_on_a_gpu(bench):
