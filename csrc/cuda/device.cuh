@@ -93,32 +93,40 @@ struct Word<16> {
 template <class T, int N>
 using word_t = typename Word<N * sizeof(T)>::type;
 
+template <class T, int N>
+__device__ __forceinline__ word_t<T, N> packed(const Vec<T, N>& v) {
+  word_t<T, N> word;
+  memcpy(&word, &v, sizeof(v));
+  return word;
+}
+
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> unpacked(const word_t<T, N>& word) {
+  Vec<T, N> v;
+  memcpy(&v, &word, sizeof(v));
+  return v;
+}
+
 // What is not wanted again soon need not push out of the cache what is.
 enum class Cache { kKeep, kStream };
 
 template <int N, Cache kCache = Cache::kKeep, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* from) {
   const auto* p = reinterpret_cast<const word_t<T, N>*>(from);
-  word_t<T, N> word;
   if constexpr (kCache == Cache::kStream) {
-    word = __ldcs(p);
+    return unpacked<T, N>(__ldcs(p));
   } else {
-    word = *p;
+    return unpacked<T, N>(*p);
   }
-  Vec<T, N> v;
-  memcpy(&v, &word, sizeof(v));
-  return v;
 }
 
 template <Cache kCache = Cache::kKeep, class T, int N>
 __device__ __forceinline__ void store(T* to, const Vec<T, N>& v) {
   auto* p = reinterpret_cast<word_t<T, N>*>(to);
-  word_t<T, N> word;
-  memcpy(&word, &v, sizeof(v));
   if constexpr (kCache == Cache::kStream) {
-    __stcs(p, word);
+    __stcs(p, packed(v));
   } else {
-    *p = word;
+    *p = packed(v);
   }
 }
 

@@ -157,16 +157,17 @@ __global__ void __launch_bounds__(kBlock, 1)
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
   const bool has_edge = first < run.edges;
 
-  Vec<T, N> tile[kGridTile];
+  // Packed: as values of 16 bits each would take a register of its own.
+  word_t<T, N> tile[kGridTile];
 #pragma unroll
   for (int k = 0; k < kGridTile; ++k) {
     const int64_t i = first + k * step;
-    tile[k] = i < run.vectors ? run.vector(i) : Vec<T, N>{};
+    tile[k] = i < run.vectors ? packed(run.vector(i)) : word_t<T, N>{};
   }
   double total = has_edge ? static_cast<double>(x[run.edge(first)]) : 0;
 #pragma unroll
   for (int k = 0; k < kGridTile; ++k) {
-    total += sum(tile[k]);
+    total += sum(unpacked<T, N>(tile[k]));
   }
 #pragma unroll 2
   for (int k = kGridTile; k < turns; ++k) {
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   for (int k = 0; k < kGridTile; ++k) {
     const int64_t i = first + k * step;
     if (i < run.vectors) {
-      run.write(i, tile[k], mean);
+      run.write(i, unpacked<T, N>(tile[k]), mean);
     }
   }
 #pragma unroll 2
