@@ -181,7 +181,7 @@ int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
                             : kUnitColumns;
   }
 #endif
-  if (std::is_same_v<T, acc_t<T>> && m <= kStreamRows && k > kStreamDepth && b.col == 1) {
+  if (m <= kStreamRows && k > kStreamDepth && b.col == 1) {
     return kStreamSums / m;
   }
   return kColumnBlock;
@@ -210,8 +210,9 @@ void gemm_serial(
       return product.transposed(m, n, k, a.data, a.row, a.col, b.data, b.col, c, c_row, bias, act);
     }
   }
-  const bool pack_b = kWiden || b.col != 1;
-  const int64_t panel = streams(m, k) && !pack_b ? n : kPanel;
+  const bool few = m <= kStreamRows || (!kWiden && k <= kStreamDepth);
+  const bool streams = few && b.col == 1 && n > kPanel && k > 0;
+  const bool pack_b = !streams && (kWiden || b.col != 1);
 
   // Passes of equal depth: a short last one would load and store every sum for little.
   const int64_t passes = std::max<int64_t>(1, (k + kDepthBlock / 2) / kDepthBlock);
@@ -244,8 +245,13 @@ void gemm_serial(
     } else {
       a_in = a.at(0, p);
     }
-    for (int64_t j = 0; j < n; j += panel) {
-      const int64_t cols = std::min(panel, n - j);
+    if (streams) {
+      storage.stream(
+          m, n, depth, a_in.data, a_in.row, a_in.col, b.at(p, 0).data, b.row, sums, sums_row, p > 0,
+          finish, add, act);
+    }
+    for (int64_t j = 0; j < n && !streams; j += kPanel) {
+      const int64_t cols = std::min(kPanel, n - j);
       Matrix<C> b_in;
       if (pack_b) {
         b_in = {b_panel.get(), round_up(cols, kWidestLane), 1};

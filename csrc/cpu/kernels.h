@@ -37,11 +37,9 @@ using acc_t = typename Accumulate<T>::type;
 constexpr int kTileRows = 6;
 // Columns of the widest tile; packed panels are this wide or less.
 constexpr int64_t kPanel = 64;
-// Few rows of a, or few rows of b: the product waits for memory, and runs along all columns
-// instead of tile by tile.
+// With so few rows of a, or so few of b, a product waits for memory.
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kStreamDepth = 8;
-constexpr bool streams(int64_t m, int64_t k) { return m <= kStreamRows || k <= kStreamDepth; }
 
 // Tiles and streams apply relu in registers. The other activations are too long to be unrolled
 // into each of them, and run over c while it is in level-1 cache.
@@ -83,6 +81,12 @@ struct StorageKernels {
   void (*pack)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out,
       int64_t out_row);
+  // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
+  // k > 0.
+  void (*stream)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
+      int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
+      Activation act);
   // out (rows, cols) = act(in + bias), rounded once to T.
   void (*finish)(
       int64_t rows, int64_t cols, const C* in, int64_t in_row, const T* bias, Activation act,

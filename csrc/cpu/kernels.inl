@@ -562,9 +562,9 @@ const Tile<C>* tiles(int vectors, bool tail) {
 }
 
 // One pass of stream: c (kRows, n) = act(c0 + a (kRows, kSteps) @ b (kSteps, n) + bias).
-template <class C, int kRows, int kSteps>
+template <class T, int kRows, int kSteps, class C = acc_t<T>>
 void stream_pass(
-    int64_t n, const C* a, int64_t a_row, int64_t a_col, const C* b, int64_t b_row, C* c,
+    int64_t n, const C* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, C* c,
     int64_t c_row, bool accumulate, bool finish, const C* bias, Activation act) {
   C x[kRows][kSteps];
   UNROLL
@@ -597,38 +597,44 @@ void stream_pass(
       });
 }
 
-template <class C>
+template <class T, class C = acc_t<T>>
 using StreamPass = void (*)(
-    int64_t, const C*, int64_t, int64_t, const C*, int64_t, C*, int64_t, bool, bool, const C*,
+    int64_t, const C*, int64_t, int64_t, const T*, int64_t, C*, int64_t, bool, bool, const C*,
     Activation);
 
-template <class C, int kRows, int kSteps = kStreamDepth>
-StreamPass<C> stream_pass_of(int64_t steps) {
+template <class T, int kRows, int kSteps = kStreamDepth>
+StreamPass<T> stream_pass_of(int64_t steps) {
   if constexpr (kSteps > 1) {
     if (steps < kSteps) {
-      return stream_pass_of<C, kRows, kSteps - 1>(steps);
+      return stream_pass_of<T, kRows, kSteps - 1>(steps);
     }
   }
-  return stream_pass<C, kRows, kSteps>;
+  return stream_pass<T, kRows, kSteps>;
 }
 
-// As block, for up to kStreamRows rows of a: their products with a few rows of b at a time, along
-// all of n. Memory is read and written in long runs, where tiles would touch short pieces of many
-// rows. The sums are kept in c meanwhile. The prefetcher follows four rows of b best; more sums, or
-// a product that is over after kStreamDepth rows, rather touch c less often.
-template <class C>
+// The products of a few rows of a with a few rows of b at a time, along all of n. Memory is read
+// and written in long runs, where tiles would touch short pieces of many rows. The sums are kept in
+// c meanwhile. The prefetcher follows four rows of b best; more sums, or a product that is over
+// after kStreamDepth rows, rather touch c less often.
+template <class T, class C = acc_t<T>>
 void stream(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
     int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
     Activation act) {
-  constexpr StreamPass<C> (*by_rows[kStreamRows])(int64_t) = {
-      stream_pass_of<C, 1>, stream_pass_of<C, 2>, stream_pass_of<C, 3>, stream_pass_of<C, 4>};
-  const int64_t most = m > 2 || k <= kStreamDepth ? kStreamDepth : 4;
-  for (int64_t p = 0; p < k; p += most) {
-    const int64_t steps = k - p < most ? k - p : most;
-    by_rows[m - 1](steps)(
-        n, a + p * a_col, a_row, a_col, b + p * b_row, b_row, c, c_row, accumulate || p > 0,
-        finish && p + steps == k, bias, act);
+  constexpr StreamPass<T> (*by_rows[kStreamRows])(int64_t) = {
+      stream_pass_of<T, 1>, stream_pass_of<T, 2>, stream_pass_of<T, 3>, stream_pass_of<T, 4>};
+  for (int64_t i = 0; i < m; i += kStreamRows) {
+    const int64_t rows = m - i < kStreamRows ? m - i : kStreamRows;
+    const int64_t most = rows > 2 || k <= kStreamDepth ? kStreamDepth : 4;
+    for (int64_t p = 0; p < k; p += most) {
+      const int64_t steps = k - p < most ? k - p : most;
+      by_rows[rows - 1](steps)(
+          n, a + i * a_row + p * a_col, a_row, a_col, b + p * b_row, b_row, c + i * c_row, c_row,
+          accumulate || p > 0, finish && p + steps == k, bias, act);
+    }
+    if (finish && !fits_in_tile(act)) {
+      activate(rows, n, c + i * c_row, c_row, act);
+    }
   }
 }
 
@@ -640,18 +646,6 @@ void block(
   constexpr int L = kLanes<C>;
   constexpr int64_t width = kTileVectors * L;
   const bool activates_after = finish && !fits_in_tile(act);
-  if (streams(m, k) && n > kPanel && k > 0) {
-    for (int64_t i = 0; i < m; i += kStreamRows) {
-      const int64_t rows = m - i < kStreamRows ? m - i : kStreamRows;
-      stream(
-          rows, n, k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, accumulate,
-          finish, bias, act);
-      if (activates_after) {
-        activate(rows, n, c + i * c_row, c_row, act);
-      }
-    }
-    return;
-  }
   for (int64_t j = 0; j < n; j += width) {
     const int64_t cols = n - j < width ? n - j : width;
     const int tail = static_cast<int>(cols % L);
@@ -1402,8 +1396,8 @@ void center_columns(int64_t slices, int64_t rows, int64_t cols, const T* x, int6
 
 template <class T>
 constexpr StorageKernels<T> kStorage = {
-    pack<T, acc_t<T>>, finish<T>,           mask<T>,          sum<T>, subtract<T>, center_runs<T>,
-    column_sums<T>,    subtract_columns<T>, center_columns<T>};
+    pack<T, acc_t<T>>, stream<T>,      finish<T>,           mask<T>,          sum<T>, subtract<T>,
+    center_runs<T>,    column_sums<T>, subtract_columns<T>, center_columns<T>};
 
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
