@@ -107,6 +107,28 @@ void unit_block(
   }
 }
 
+// As gemm_serial_bf16, for few rows of a and our own instructions.
+template <class Out>
+void stream_bf16(
+    int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
+    const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
+  const auto& pairs = kernels().bf16_pairs;
+  const bool copy_a = a.col != 1 || k % 2 != 0;
+  const int64_t width = round_up(k, 2);
+  const Scratch<bfloat16_t> a_rows(copy_a ? m * width : 0);
+  if (copy_a) {
+    pairs.copy(m, k, a.data, a.row, a.col, a_rows.get(), width);
+    a = {a_rows.get(), width, 1};
+  }
+  if constexpr (std::is_same_v<Out, float>) {
+    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, c, c_row);
+  } else {
+    const Scratch<float> sums(m * n);
+    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, sums.get(), n);
+    kernels().bf16.finish(m, n, sums.get(), n, bias, act, c, c_row);
+  }
+}
+
 // As gemm_serial, on the 16-bit matrix units. Brgemm sums in an order that depends on the depth of
 // its call alone, and that is cut at fixed places; our own tiles have one order however it is cut.
 // So here too a row's bits are its own.
@@ -116,6 +138,9 @@ void gemm_serial_bf16(
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
   const bool own = has_pair_tiles();
+  if (own && m <= kStreamRows && b.col == 1 && n > kPanel) {
+    return stream_bf16(m, n, k, a, b, bias, act, c, c_row);
+  }
   const int64_t panels = ceil_div(n, kPanel);
   const int64_t block =
       own ? std::max(kLeastPairDepth, kPackedPairs / (panels * kPanel) / 2 * 2) : kUnitDepth;
@@ -175,16 +200,15 @@ void gemm_serial_bf16(
 // Columns of one task of gemm; their number changes no bit.
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
+  const bool streams = m <= kStreamRows && k > kStreamDepth && b.col == 1;
 #if MYLAYERS_BRGEMM
   if (std::is_same_v<T, bfloat16_t> && has_bf16_units()) {
-    return has_pair_tiles() ? std::clamp(kPairSums / m, kUnitColumns, kMostPairColumns)
-                            : kUnitColumns;
+    return !has_pair_tiles() ? kUnitColumns
+           : streams         ? kStreamSums / m
+                             : std::clamp(kPairSums / m, kUnitColumns, kMostPairColumns);
   }
 #endif
-  if (m <= kStreamRows && k > kStreamDepth && b.col == 1) {
-    return kStreamSums / m;
-  }
-  return kColumnBlock;
+  return streams ? kStreamSums / m : kColumnBlock;
 }
 
 // act(a (m, k) @ b (k, n) + bias) into c, on this thread. Out is T, or acc_t<T> for

@@ -137,6 +137,11 @@ struct PairKernels {
       int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row,
       const bfloat16_t* b, float* sums, bool accumulate, const bfloat16_t* bias, Activation act,
       bfloat16_t* out, int64_t out_row);
+  // c (m <= kStreamRows, n) = a @ b to the same bits, from b (k, n) with unit column stride as it
+  // lies in memory; a (m, k) too has unit column stride and, for an odd k, a zero behind each row.
+  void (*stream)(
+      int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
+      int64_t b_row, float* c, int64_t c_row);
 };
 
 struct Kernels {

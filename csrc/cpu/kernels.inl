@@ -4,7 +4,6 @@
 // namespace of its own, so no inline function of another header is ever compiled for an
 // instruction set that the processor at hand may lack.
 
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -939,22 +938,26 @@ INLINE void pack_pair_row(
   }
 }
 
+#if MYLAYERS_LEVEL == 2
+// Pairs of two rows: the first 16 of 32 columns, then the others.
+alignas(64) constexpr uint16_t kInterleave[2][32] = {
+    {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+INLINE __m512i interleave(__m512i even, __m512i odd, int half) {
+  return _mm512_permutex2var_epi16(even, _mm512_load_si512(kInterleave[half]), odd);
+}
+#endif
+
 // The same of a whole panel with unit stride.
 INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
 #if MYLAYERS_LEVEL == 2
-  alignas(64) static constexpr uint16_t kInterleave[2][32] = {
-      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
   UNROLL
   for (int64_t j = 0; j < kPanel; j += 32) {
     const __m512i x = _mm512_loadu_si512(even + j), y = _mm512_loadu_si512(odd + j);
-    UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const __m512i index = _mm512_load_si512(kInterleave[half]);
-      _mm512_storeu_si512(pairs + 2 * j + 32 * half, _mm512_permutex2var_epi16(x, index, y));
-    }
+    _mm512_storeu_si512(pairs + 2 * j, interleave(x, y, 0));
+    _mm512_storeu_si512(pairs + 2 * j + 32, interleave(x, y, 1));
   }
 #else
   UNROLL
@@ -1104,10 +1107,85 @@ void pair_block(
       m, cols, pairs, a, a_row, b, sums, accumulate, bias, act, out, out_row);
 }
 
+// One pass of pair_stream: c (kRows, n) = c0 + a (kRows, 2 * kPairs) @ b (2 * kPairs, n), whose
+// last row may be missing.
+template <int kRows, int kPairs>
+void pair_stream_pass(
+    int64_t n, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b, int64_t b_row, bool whole,
+    float* c, int64_t c_row, bool accumulate) {
+  __m512bh x[kRows][kPairs];
+  UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    UNROLL
+    for (int s = 0; s < kPairs; ++s) {
+      x[i][s] = (__m512bh)_mm512_set1_epi32(load_bits<int>(a + i * a_row + 2 * s));
+    }
+  }
+  for (int64_t j = 0; j < n; j += 32) {
+    const uint32_t columns = n - j < 32 ? (1u << (n - j)) - 1 : ~0u;
+    const __mmask16 halves[2] = {
+        static_cast<__mmask16>(columns), static_cast<__mmask16>(columns >> 16)};
+    __m512 sum[kRows][2];
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      UNROLL
+      for (int h = 0; h < 2; ++h) {
+        sum[i][h] = accumulate ? _mm512_maskz_loadu_ps(halves[h], c + i * c_row + j + 16 * h)
+                               : _mm512_setzero_ps();
+      }
+    }
+    UNROLL
+    for (int s = 0; s < kPairs; ++s) {
+      const bfloat16_t* even = b + 2 * s * b_row + j;
+      const uint32_t in_odd = s + 1 < kPairs || whole ? columns : 0;
+      const __m512i top = _mm512_maskz_loadu_epi16(columns, even);
+      const __m512i bottom = _mm512_maskz_loadu_epi16(in_odd, even + b_row);
+      UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const __m512bh pairs = (__m512bh)interleave(top, bottom, h);
+        UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          sum[i][h] = _mm512_dpbf16_ps(sum[i][h], x[i][s], pairs);
+        }
+      }
+    }
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      UNROLL
+      for (int h = 0; h < 2; ++h) {
+        _mm512_mask_storeu_ps(c + i * c_row + j + 16 * h, halves[h], sum[i][h]);
+      }
+    }
+  }
+}
+
+template <int kRows>
+void pair_stream_rows(
+    int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b, int64_t b_row,
+    float* c, int64_t c_row) {
+  constexpr int kMost = kStreamDepth / 2;
+  constexpr decltype(&pair_stream_pass<kRows, 1>) by_pairs[kMost] = {
+      pair_stream_pass<kRows, 1>, pair_stream_pass<kRows, 2>, pair_stream_pass<kRows, 3>,
+      pair_stream_pass<kRows, 4>};
+  for (int64_t p = 0; p < k; p += 2 * kMost) {
+    const int64_t steps = k - p < 2 * kMost ? k - p : 2 * kMost;
+    by_pairs[(steps + 1) / 2 - 1](
+        n, a + p, a_row, b + p * b_row, b_row, steps % 2 == 0, c, c_row, p > 0);
+  }
+}
+
+void pair_stream(
+    int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
+    int64_t b_row, float* c, int64_t c_row) {
+  constexpr decltype(&pair_stream_rows<1>) by_rows[kStreamRows] = {
+      pair_stream_rows<1>, pair_stream_rows<2>, pair_stream_rows<3>, pair_stream_rows<4>};
+  by_rows[m - 1](n, k, a, a_row, b, b_row, c, c_row);
+}
+
 MYLAYERS_TARGET_END
-constexpr auto kPairBlock = pair_block;
+constexpr PairKernels kPairs = {pack<bfloat16_t, bfloat16_t>, pack_pairs, pair_block, pair_stream};
 #else
-constexpr std::nullptr_t kPairBlock = nullptr;
+constexpr PairKernels kPairs = {pack<bfloat16_t, bfloat16_t>, pack_pairs, nullptr, nullptr};
 #endif
 
 template <class T>
@@ -1407,7 +1485,7 @@ constexpr Kernels kTable = {
     kStorage<double>,
     kStorage<half_t>,
     kStorage<bfloat16_t>,
-    {pack<bfloat16_t, bfloat16_t>, pack_pairs, kPairBlock},
+    kPairs,
 };
 
 }  // namespace
