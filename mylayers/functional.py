@@ -101,5 +101,7 @@ def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
         tensor([-2., -1.,  0.,  1.,  2.])
     """
     if _is_compiling() or has_torch_function_variadic(input) or _tracing_state() is not None:
-        return torch.ops.mylayers.center(input, dim)  # type: ignore[no-any-return]
+        # A list also where an integer is symbolic, which torch.compile makes of one that changes.
+        dims = [dim] if isinstance(dim, int) else dim
+        return torch.ops.mylayers.center(input, dims)  # type: ignore[no-any-return]
     return _C.center(input, dim)

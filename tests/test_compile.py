@@ -300,6 +300,15 @@ def test_automatic_dynamic_shapes_compile_twice() -> None:
     assert counter.frame_count == 2  # once for 4 rows, once for any number
 
 
+@pytest.mark.road("torch.compile, dynamic shapes")
+def test_a_dim_that_changes_compiles_as_that_of_a_stock_mean() -> None:
+    # From the second on, torch.compile passes such an integer as a symbol.
+    x = torch.randn(5, 7)
+    compiled = torch.compile(functional.center, fullgraph=True, backend="aot_eager")
+    for dim in (0, 1, -1, None, (0, 1), 0):
+        assert torch.equal(compiled(x, dim), functional.center(x, dim))
+
+
 @pytest.mark.road("torch.compile")
 def test_parameters_may_change_without_recompiling() -> None:
     module, x = layers(), torch.randn(4, IN_UNITS)
