@@ -4,7 +4,6 @@ Importing this module teaches ``DTensor`` our operators. It takes half a second,
 ``torch.distributed.tensor``, which is why ``import mylayers`` leaves it out.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -300,11 +299,10 @@ def _center(
     local = x.redistribute(placements=placements).to_local()
     split = [i for i, p in enumerate(placements) if getattr(p, "dim", None) in dims]
     if split:
-        total = sync.sum_wide(local, dims)
-        for mesh_dim in split:
-            total = sync.all_reduce(total, x.device_mesh.get_group(mesh_dim).group_name)
-        mean = total / math.prod([x.size(d) for d in dims])
-        centered = local - mean.to(local.dtype)
+        # Counted, for x.size is a guess where from_local was given uneven shards alone.
+        groups = [x.device_mesh.get_group(mesh_dim).group_name for mesh_dim in split]
+        total, count = sync.sum_and_count(local, dims, groups)
+        centered = local - (total / count).to(local.dtype)
     else:
         centered = op(local, dim)
     return DTensor.from_local(

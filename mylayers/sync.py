@@ -72,7 +72,8 @@ class Group(NamedTuple):
 def sum_wide(input: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The sum over ``dims``, in float64 or complex128; dimensions are kept, with size 1."""
     wide = torch.complex128 if input.is_complex() else torch.float64
-    if input.dtype == wide or input.numel() <= _SMALL or torch.compiler.is_compiling():
+    # Asked first, for torch.compile compiles anew where a size passes what it is compared with.
+    if torch.compiler.is_compiling() or input.dtype == wide or input.numel() <= _SMALL:
         return input.sum(dims, keepdim=True, dtype=wide)
     if len(dims) == input.dim() > 1:
         return sum_wide(input.flatten(), (0,)).view([1] * input.dim())
@@ -95,6 +96,18 @@ def all_reduce(tensor: Tensor, group: Any) -> Tensor:
     return torch.view_as_complex(real) if tensor.is_complex() else real
 
 
+def sum_and_count(
+    input: Tensor, dims: tuple[int, ...], groups: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    """What is summed over ``dims`` and over groups, given by name, and how many values it is."""
+    total = sum_wide(input, dims)
+    own = math.prod([input.size(d) for d in dims])
+    sums = torch.cat([total.flatten(), total.new_full((1,), own)])
+    for group in groups:
+        sums = all_reduce(sums, group)
+    return sums[:-1].view(total.shape), sums[-1].real
+
+
 class _Center(torch.autograd.Function):
     """``input - total / count``; as P = I - 11'/count is symmetric, its own gradient."""
 
@@ -102,17 +115,12 @@ class _Center(torch.autograd.Function):
     def forward(
         input: Tensor, dims: tuple[int, ...], group: Any, count: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        total = sum_wide(input, dims)
-        sums = total.flatten()
         if count is None:
-            own = math.prod([input.size(d) for d in dims])
-            sums = all_reduce(torch.cat([sums, sums.new_full((1,), own)]), group)
-            count = sums[-1]
+            total, count = sum_and_count(input, dims, [group])
         else:  # a gradient, of as many
-            sums = all_reduce(sums, group)
-        count = count.real.clone()
-        mean = sums[: total.numel()].view(total.shape) / count
-        return input - mean.to(input.dtype), count
+            total = all_reduce(sum_wide(input, dims), group)
+        count = count.clone()
+        return input - (total / count).to(input.dtype), count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -129,7 +137,7 @@ class _Center(torch.autograd.Function):
 
 def _check_kept(input: Tensor, dims: tuple[int, ...], group: Group) -> None:
     """One small all-reduce, for gloo ends the process where all-reduced sizes differ."""
-    averaged = {d % input.dim() for d in dims}
+    averaged = {d % max(input.dim(), 1) for d in dims}
     kept = [size for d, size in enumerate(input.shape) if d not in averaged]
     mark = zlib.crc32(repr(kept).encode())
     marks = torch.tensor([mark, -mark], device=input.device)
@@ -160,4 +168,6 @@ def center(input: Tensor, dim: int | Sequence[int] | None, group: Group) -> Tens
     if dim is not None and not torch.compiler.is_compiling():
         functional.center(torch.empty(input.shape, device="meta"), dims)  # its errors
         _check_kept(input, dims, group)
+    if input.dim() == 0:
+        dims = ()  # PyTorch lets the only dimension be named of a tensor that has none
     return _Center.apply(input, dims, group.name, None)[0]  # type: ignore[no-untyped-call,no-any-return]

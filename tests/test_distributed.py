@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from processes import in_processes
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -258,6 +259,17 @@ def test_centering_is_that_of_one_process(
             torch.testing.assert_close(a, b[own], **CLOSE)
 
 
+@in_processes(2)
+@pytest.mark.parametrize("dim", [None, 0, (-1,)])
+def test_centering_of_a_single_value_in_each_process(dim: int | tuple[int, ...] | None) -> None:
+    x = torch.tensor(float(dist.get_rank()), requires_grad=True)
+    y = CenteredLayer(dim, dist.group.WORLD)(x)
+    (y * y).backward()  # in both processes: y - mean(y), doubled
+    assert y.shape == ()
+    assert y.item() == x.item() - 0.5
+    assert x.grad.item() == 2 * y.item()
+
+
 @pytest.mark.road("centering over processes")
 @in_processes(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -338,6 +350,21 @@ def test_centering_compiles_into_one_graph(backend: str) -> None:
         y.backward(weight[own])
         torch.testing.assert_close(y, (batch - batch.mean())[own], **CLOSE)
         torch.testing.assert_close(x.grad, (weight - weight.mean())[own], **CLOSE)
+
+
+@pytest.mark.road("centering over processes")
+@in_processes(2)
+def test_centering_compiles_once_for_small_and_large_shards() -> None:
+    # 65,536 values and more are summed otherwise where nothing is compiled.
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = CenteredLayer(process_group=dist.group.WORLD)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for rows in ([300, 200], [20_000, 30_000]):
+        batch, own = shards((4,), rows, torch.float32)
+        mean = batch.double().mean()
+        torch.testing.assert_close(compiled(batch[own]), batch[own] - mean.float())
+    assert counter.frame_count == 1
 
 
 @in_processes(2)

@@ -236,6 +236,21 @@ def test_center_of_shards_sums_wide_and_rounds_the_mean_once() -> None:
         assert torch.equal(y.full_tensor(), whole - whole.double().mean().to(dtype))
 
 
+@in_processes(2, 4)
+def test_center_counts_the_values_of_uneven_shards_whose_common_size_is_not_given() -> None:
+    shards = [draw(rows + 1, 3) for rows in range(dist.get_world_size())]
+    whole = torch.cat(shards)
+    own = shards[dist.get_rank()]
+    # Without shape=, from_local takes the other processes' shards for as large as its own.
+    x = DTensor.from_local(own.clone(), line(), [Shard(0)]).requires_grad_()
+    for dim in (None, 0):
+        y = functional.center(x, dim).to_local()
+        mean = whole.mean() if dim is None else whole.mean(dim)
+        torch.testing.assert_close(y, own - mean, **CLOSE)
+        (grad,) = torch.autograd.grad(y, x, own)
+        torch.testing.assert_close(grad.to_local(), own - mean, **CLOSE)
+
+
 @in_processes(2)
 def test_center_of_complex_shards() -> None:
     whole = torch.complex(draw(5, 3), draw(5, 3))
