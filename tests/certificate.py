@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- roads: python -m tests.certificate -->", "<!-- end of roads -->"
-# Page, and whether its table names the tests. A page may be without a table.
+# Page, and whether its table names the tests.
 PAGES = {"docs/roads.md": True, "README.md": False}
 
 # What holds on each road, in the order of the table.
@@ -125,9 +125,8 @@ def tables() -> dict[Path, tuple[str, bool]]:
     """The pages' present tables, and whether they name tests."""
     found = {}
     for page, with_tests in PAGES.items():
-        text = (ROOT / page).read_text()
-        if BEGIN in text:
-            found[ROOT / page] = text.split(BEGIN)[1].split(END)[0].strip(), with_tests
+        _, _, rest = (ROOT / page).read_text().partition(BEGIN)
+        found[ROOT / page] = rest.partition(END)[0].strip(), with_tests
     return found
 
 
