@@ -64,7 +64,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         if activation is None:
             return x
         if activation not in ACTIVATIONS:
-            raise NotImplementedError(
+            raise ValueError(
                 "mylayers.onnx: activation must be one of those translated, "
                 f"{', '.join(ACTIVATIONS)} or None; got {activation!r}"
             )
