@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import samples
 import torch
+from common import Calls
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import allow_mutation_on_saved_tensors, save_on_cpu, saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -84,23 +84,6 @@ def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
 def cube(y: Tensor) -> Tensor:
     """A loss whose gradient differs from entry to entry."""
     return y.pow(3).sum()
-
-
-class Calls(TorchDispatchMode):
-    """The mylayers operators that reach the backend, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        if func.namespace == "mylayers":
-            self.seen.append((func._opname, args))
-        return func(*args, **(kwargs or {}))
-
-    def masks(self) -> list[list[bool]]:
-        return [list(args[-1]) for name, args in self.seen if name == "linear_act_backward"]
 
 
 # ---- numerical derivatives -------------------------------------------------------------

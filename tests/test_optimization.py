@@ -2,19 +2,17 @@
 
 import copy
 import functools
-import io
 import itertools
-import pickle
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from common import COPIES, Calls
 from samples import drawer, same_bits
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mylayers
 from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, Report
@@ -301,24 +299,10 @@ def rows_of(report: Report) -> list[Row]:
     return [(f.path, f.layers, f.reason) for f in report.findings]
 
 
-class Programs(TorchDispatchMode):
-    """The programs of the operator calls made under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        if func.name() == "mylayers::sequential":
-            self.seen.append(args[2])
-        return func(*args, **(kwargs or {}))
-
-
 def operator_calls(net: nn.Module, x: Tensor) -> int:
-    with torch.no_grad(), Programs() as programs:
+    with torch.no_grad(), Calls() as calls:
         net(x)
-    return len(programs.seen)
+    return [name for name, _ in calls.seen].count("sequential")
 
 
 def attributes(module: nn.Module) -> list[str]:
@@ -432,18 +416,6 @@ def test_state_goes_between_an_optimized_model_and_a_stock_one(model):
         assert_close([nets[1](x)], [nets[0](x)])
 
 
-def through_a_file(net: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
-    "torch.save": through_a_file,
-}
 every_copy = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 
 

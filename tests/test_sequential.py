@@ -7,9 +7,7 @@ same children, whose activations round elsewhere, so that it is close and not eq
 import contextlib
 import copy
 import gc
-import io
 import itertools
-import pickle
 import sys
 import threading
 import weakref
@@ -21,6 +19,7 @@ from typing import Any
 import pytest
 import samples
 import torch
+from common import COPIES, Calls
 from samples import ACTIVATIONS, KERNEL_DTYPES, drawer, num_threads, outcome, same_bits
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,7 +32,6 @@ from torch.library import opcheck
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, functional, reference
@@ -422,20 +420,6 @@ def test_only_the_gradients_that_are_due_and_only_what_they_read_is_saved(progra
         output = ops.sequential(x, parameters, program)
         assert output.requires_grad == any(wanted)
         assert (output.grad_fn is None) == (not any(wanted))
-
-
-class Calls(TorchDispatchMode):
-    """The mylayers operators that reach the backend, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        if func.namespace == "mylayers":
-            self.seen.append((func._opname, args))
-        return func(*args, **(kwargs or {}))
 
 
 @three_layers
@@ -1666,20 +1650,9 @@ def test_lazy_layers_take_their_sizes_and_are_fused_from_then_on(x):
     assert_like_stock(net, x)
 
 
-def through_a_file(net: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
-    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
-    "torch.save": through_a_file,
-}
-every_copy = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+every_copy = pytest.mark.parametrize(
+    "make_copy", [*COPIES.values(), copy.copy], ids=[*COPIES, "copy"]
+)
 
 
 @every_copy
