@@ -297,9 +297,7 @@ INLINE void for_vectors(int64_t count, Body body) {
       body(j + 3 * L, L);
     }
   }
-  _Pragma("GCC unroll 1") for (; j + L <= count; j += L) {
-    body(j, L);
-  }
+  _Pragma("GCC unroll 1") for (; j + L <= count; j += L) { body(j, L); }
   if (j < count) {
     body(j, static_cast<int>(count - j));
   }
@@ -619,10 +617,10 @@ StreamPass<T> stream_pass_of(int64_t steps) {
 
 // The products of a few rows of a with a few rows of b at a time, along all of n. Memory is read
 // and written in long runs, where tiles would touch short pieces of many rows. The sums are kept in
-// c meanwhile. The prefetcher follows four rows of b best; more sums, or a product that is over
-// after kStreamDepth rows, rather touch c less often. Of an outer product, or two, long rows are
-// written one after another: four at a time took 1.1 to 1.45 of the time from 256 columns on, and
-// half of it at 64.
+// c meanwhile. The prefetcher follows four rows of b best, eight of a 16-bit one; more sums, or
+// a product that is over after kStreamDepth rows, rather touch c less often. Of an outer product,
+// or two, long rows are written one after another: four at a time took 1.1 to 1.45 of the time from
+// 256 columns on, and half of it at 64.
 template <class T, class C = acc_t<T>>
 void stream(
     int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
@@ -633,7 +631,7 @@ void stream(
   const int64_t together = k <= 2 && n >= 256 ? 1 : kStreamRows;
   for (int64_t i = 0; i < m; i += together) {
     const int64_t rows = m - i < together ? m - i : together;
-    const int64_t most = rows > 2 || k <= kStreamDepth ? kStreamDepth : 4;
+    const int64_t most = rows > 2 || k <= kStreamDepth || sizeof(T) == 2 ? kStreamDepth : 4;
     for (int64_t p = 0; p < k; p += most) {
       const int64_t steps = k - p < most ? k - p : most;
       by_rows[rows - 1](steps)(
