@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         f"if --check finds a case below {THRESHOLD} of the best peer's speed; 2 for bad arguments.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="fewer shapes, less time: about two and a half minutes"
+        "--quick", action="store_true", help="fewer shapes, less time: within two minutes"
     )
     parser.add_argument(
         "--check",

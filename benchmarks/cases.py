@@ -514,7 +514,7 @@ LINEAR_SHAPES = (
 )
 LINEAR_MODULE_SHAPES = LINEAR_SHAPES[1:12:2]
 LINEAR_WEIGHTS_SHAPES = LINEAR_SHAPES[1:-2:2]
-LINEAR_QUICK = _shapes((2, 64, 8), (32, 64, 64), (33, 129, 65), (1, 1024, 1024), (256, 1024, 1024))
+LINEAR_QUICK = _shapes((2, 64, 8), (32, 64, 64), (1, 1024, 1024), (256, 1024, 1024))
 CENTER_SHAPES = _shapes((5,), *((1 << n,) for n in range(14, 28, 2)))
 CENTER_DIM_SHAPES = tuple(
     Shape(sizes, dim)
@@ -589,7 +589,7 @@ SUITES: dict[str, Suite] = {
         LINEAR_TRAINING,
         (1, 2),
         LINEAR_WEIGHTS_SHAPES,
-        LINEAR_WEIGHTS_SHAPES[1:3],
+        LINEAR_WEIGHTS_SHAPES[2:3],
     ),
     "linear-module": Suite(
         "MyLinear called as a module, without gradients",
@@ -605,7 +605,7 @@ SUITES: dict[str, Suite] = {
         CENTER_WHOLE,
         (),
         CENTER_SHAPES,
-        CENTER_SHAPES[:-2],
+        CENTER_SHAPES[:-2:2],
     ),
     "center-backward": Suite(
         "center, forward and backward",
@@ -613,7 +613,7 @@ SUITES: dict[str, Suite] = {
         CENTER_WHOLE,
         (0,),
         CENTER_SHAPES[:-1],  # its gradients in float64 would take gigabytes to verify
-        CENTER_SHAPES[:5:2],
+        CENTER_SHAPES[:5:4],
     ),
     "center-dim": Suite(
         "center over some dimensions, forward without gradients",
@@ -621,7 +621,7 @@ SUITES: dict[str, Suite] = {
         CENTER_DIM,
         (),
         CENTER_DIM_SHAPES,
-        CENTER_DIM_SHAPES[4:8],
+        CENTER_DIM_SHAPES[4:8:3],
     ),
     "center-module": Suite(
         "CenteredLayer called as a module, without gradients",
@@ -646,7 +646,7 @@ SUITES: dict[str, Suite] = {
         NETWORK_TRAINING,
         tuple(range(1, MOST_PARAMETERS + 1)),
         NETWORK_TRAINING_SHAPES,
-        POLICIES[:3:2],
+        POLICIES[:1],
         STOCK,
         trains=True,
     ),
