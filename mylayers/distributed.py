@@ -103,6 +103,7 @@ class ColwiseParallel(parallel.ColwiseParallel):
             lose their common size so: pass False for ``units`` that the processes do not divide.
 
     Raises:
+        TypeError: for a module other than ``MyLinear``, ``nn.Linear`` and ``nn.Embedding``.
         ValueError: the layer is lazy and has not seen an input.
 
     Source:
@@ -125,6 +126,7 @@ class ColwiseParallel(parallel.ColwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_module(self, module)
         if not isinstance(module, MyLinear):
             return super()._apply(module, device_mesh)
         return distribute_module(
@@ -149,6 +151,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
         use_local_output: whether the output is this process's part, a plain tensor.
 
     Raises:
+        TypeError: for a module other than ``MyLinear``, ``nn.Linear`` and ``nn.Embedding``.
         ValueError: ``output_layouts`` is partial, or the layer is lazy and has not seen an input.
 
     Source:
@@ -163,6 +166,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_module(self, module)
         if not isinstance(module, MyLinear):
             return super()._apply(module, device_mesh)
         if any(placement.is_partial() for placement in self.output_layouts):
@@ -179,6 +183,15 @@ class RowwiseParallel(parallel.RowwiseParallel):
         )
         module.forward = partial(_product, module)
         return module
+
+
+def _check_module(style: parallel.ParallelStyle, module: nn.Module) -> None:
+    # PyTorch's own check comes later, and its message leaves MyLinear out.
+    if not isinstance(module, MyLinear | nn.Linear | nn.Embedding):
+        raise TypeError(
+            f"{type(style).__name__}: module must be a MyLinear, nn.Linear or nn.Embedding; got "
+            f"{type(module).__name__}"
+        )
 
 
 def _shard_parameters(

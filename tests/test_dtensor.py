@@ -385,8 +385,10 @@ def test_bad_use_of_styles() -> None:
         parallelize_module(MyLinear(4, 2), line(), RowwiseParallel(output_layouts=Partial()))
     with pytest.raises(ValueError, match="ColwiseParallel: LazyMyLinear is uninitialized"):
         parallelize_module(LazyMyLinear(2), line(), ColwiseParallel())
-    with pytest.raises(NotImplementedError):
-        parallelize_module(CenteredLayer(), line(), ColwiseParallel())
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        named = rf"{type(style).__name__}: module must be a MyLinear.*got CenteredLayer"
+        with pytest.raises(TypeError, match=named):
+            parallelize_module(CenteredLayer(), line(), style)
 
 
 @pytest.mark.road("tensor parallelism")
