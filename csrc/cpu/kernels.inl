@@ -575,7 +575,7 @@ void stream_pass(
     }
   }
   // One row of sums is read and written as fast as b is: by four vectors the prefetcher lost track
-  // of b, and 1 x 4096 x 4096 took 1.17 to 1.22 of the time.
+  // of b, and 1 x 4096 x 4096 took 1.06 to 1.22 of the time.
   constexpr int kTogether = kRows == 1 ? 1 : 4;
   for_vectors<C, kTogether>(
       n, BODY {
@@ -617,8 +617,8 @@ StreamPass<T> stream_pass_of(int64_t steps) {
 
 // The products of a few rows of a with a few rows of b at a time, along all of n. Memory is read
 // and written in long runs, where tiles would touch short pieces of many rows. The sums are kept in
-// c meanwhile. The prefetcher follows four rows of b best, eight of a 16-bit one; more sums, or
-// a product that is over after kStreamDepth rows, rather touch c less often. Of an outer product,
+// c meanwhile. The prefetcher follows four rows of b best, eight of float16; more sums, or a
+// product that is over after kStreamDepth rows, rather touch c less often. Of an outer product,
 // or two, long rows are written one after another: four at a time took 1.1 to 1.45 of the time from
 // 256 columns on, and half of it at 64.
 template <class T, class C = acc_t<T>>
