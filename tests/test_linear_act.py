@@ -314,9 +314,10 @@ def test_a_row_has_the_same_bits_whatever_the_layout_and_rank_of_its_batch(activ
             assert same_bits(linear_act(*args), expected), (layout, which)
 
 
-# One row and a few stream, 40 do not; a sum of 1101 terms is cut once or often, by the columns.
+# One row and a few stream, more do in some dtypes; a sum of 1101 terms is cut once or often, by the
+# columns.
 @every_dtype
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 3, 12, 40])
 def test_a_column_has_the_same_bits_in_every_weight_and_in_its_transpose(rows, dtype):
     draw = samples.drawer("columns", dtype)
     x, weight, bias = draw(rows, 1101), draw(1101, 2100), draw(2100)
@@ -325,6 +326,20 @@ def test_a_column_has_the_same_bits_in_every_weight_and_in_its_transpose(rows, d
     for columns in (slice(70), slice(64, 1031), slice(2099, 2100)):
         some = functional.linear_act(x, weight[:, columns], bias[columns])
         assert same_bits(some, expected[:, columns]), columns
+
+
+# A weight whose rows lie 16,384 values apart spans more than 16 MiB, and is read otherwise.
+@every_dtype
+@any_activation
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_weight_has_the_same_bits_however_far_its_rows_lie_apart(threads, activation, dtype):
+    draw = samples.drawer("far", dtype)
+    x, weight, bias = draw(MOST_ROWS, 601), draw(601, 1077), draw(1077)
+    far = torch.zeros(601, 16_384, dtype=dtype)[:, :1077].copy_(weight)
+    with num_threads(threads):
+        for rows in (1, 4, 5, 16, 17, 63, 128, 129):
+            expected = functional.linear_act(x[:rows], weight, bias, activation)
+            assert same_bits(functional.linear_act(x[:rows], far, bias, activation), expected), rows
 
 
 # Rows of the batch, in_units, units: one sum, 2, 3 and 65 pieces; a large result, whose sums

@@ -56,16 +56,26 @@ constexpr int64_t kUnitColumns = 256;
 // allows. One row of 4096 x 4096, on one thread: 2.4 ms in runs of 2 KiB, 2.1 in whole rows; 4 rows
 // of 1024 x 1024: 90 and 61 us.
 constexpr int64_t kStreamSums = 8192;
+// Up to so many rows wait for a weight that comes from memory: 16 rows of 4096 x 4096 took 1.2 to
+// 1.3 times as long in float32, and twice in float16, while tiles touched 256 bytes of a row at a
+// time. From a cache float32 is read as fast by tiles, whose sums stay in registers; a weight of 16
+// bits is widened on the way (kernels().many_rows). Pairs of bfloat16 are made on the way up to
+// kManyPairRows: 16 rows of 1024 x 1024 took 1.13 times as long packed, 32 no longer.
+constexpr int64_t kManyRows = 128;
+constexpr int64_t kManyPairRows = 16;
+constexpr int64_t kFarBytes = 16 << 20;
+constexpr int64_t kManyColumns = 2048;
 // Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB.
 constexpr int64_t kDepthBlock = 256;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
 // so the rest is cut into powers of two.
 constexpr int64_t kUnitRows = 64;
 constexpr int64_t kUnitDepth = 512;
-// Pairs are packed for so many columns and so deep that they (256 KiB) and the sums (256 KiB) stay
-// in level-2 cache: few rows take long runs of b.
-constexpr int64_t kPackedPairs = 1 << 17;
-constexpr int64_t kPairSums = 1 << 16;
+// Pairs are packed for so many columns and so deep, few rows taking long runs of b. Only one panel
+// of them (128 KiB) and the rows of a are read again and again: 4096 x 1024 x 1024 took 1.07 times
+// as long in tasks of 256 columns, 512 deep, that stay in level-2 cache as a whole.
+constexpr int64_t kPackedPairs = 1 << 19;
+constexpr int64_t kSums = 1 << 16;
 constexpr int64_t kMostPairColumns = 1024;
 constexpr int64_t kLeastPairDepth = 64;
 constexpr int64_t kWidestLane = 16;
@@ -77,6 +87,15 @@ constexpr int64_t kMostPieces = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// From one row to the next, so that rows do not lie in the same sets of the caches: an odd number
+// of lines, of float32.
+int64_t apart(int64_t cols) { return round_up(cols, 32) + 16; }
+
+// Whether k rows of b are likely to come from memory.
+template <class T>
+bool is_far(int64_t k, const Matrix<T>& b) {
+  return k * b.row * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
+}
 
 #if MYLAYERS_BRGEMM
 // AMX multiplies through brgemm. AVX512-BF16 alone does so in tiles of our own: they need no
@@ -107,25 +126,34 @@ void unit_block(
   }
 }
 
-// As gemm_serial_bf16, for few rows of a and our own instructions.
+// As gemm_serial_bf16, for few rows of a and our own instructions, b as it lies in memory.
 template <class Out>
 void stream_bf16(
     int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
-  const bool copy_a = a.col != 1 || k % 2 != 0;
-  const int64_t width = round_up(k, 2);
+  const bool many = m > kStreamRows;
+  const bool copy_a = many || a.col != 1 || k % 2 != 0;
+  const int64_t width = many ? 2 * apart((k + 1) / 2) : round_up(k, 2);
   const Scratch<bfloat16_t> a_rows(copy_a ? m * width : 0);
   if (copy_a) {
     pairs.copy(m, k, a.data, a.row, a.col, a_rows.get(), width);
     a = {a_rows.get(), width, 1};
   }
-  if constexpr (std::is_same_v<Out, float>) {
-    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, c, c_row);
+  constexpr bool kDirect = std::is_same_v<Out, float>;
+  const int64_t sums_row = kDirect ? c_row : many ? apart(n) : n;
+  const Scratch<float> scratch(kDirect ? 0 : m * sums_row);
+  float* sums = scratch.get();
+  if constexpr (kDirect) {
+    sums = c;
+  }
+  if (many) {
+    pairs.stream_many(m, n, k, a.data, a.row, b.data, b.row, is_far(k, b), sums, sums_row);
   } else {
-    const Scratch<float> sums(m * n);
-    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, sums.get(), n);
-    kernels().bf16.finish(m, n, sums.get(), n, bias, act, c, c_row);
+    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, sums, sums_row);
+  }
+  if constexpr (!kDirect) {
+    kernels().bf16.finish(m, n, sums, sums_row, bias, act, c, c_row);
   }
 }
 
@@ -138,7 +166,7 @@ void gemm_serial_bf16(
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
   const bool own = has_pair_tiles();
-  if (own && m <= kStreamRows && b.col == 1 && n > kPanel) {
+  if (own && m <= kManyPairRows && b.col == 1 && n > kPanel) {
     return stream_bf16(m, n, k, a, b, bias, act, c, c_row);
   }
   const int64_t panels = ceil_div(n, kPanel);
@@ -174,7 +202,7 @@ void gemm_serial_bf16(
         out = rounds_in_tile && p + depth == k ? c + j * kPanel : nullptr;
       }
       pairs.block(
-          m, cols, even_depth / 2, a_in.data, a_in.row, panel, panel_sums, p > 0,
+          m, cols, even_depth / 2, a_in.data, a_in.row, j == 0, panel, panel_sums, p > 0,
           bias ? bias + j * kPanel : nullptr, act, out, c_row);
     }
   }
@@ -197,6 +225,12 @@ void gemm_serial_bf16(
 }
 #endif
 
+template <class T>
+bool streams_many(int64_t m, int64_t k, const Matrix<T>& b) {
+  const int64_t near = std::is_same_v<T, acc_t<T>> ? 0 : kernels().many_rows;
+  return m > kStreamRows && m <= (is_far(k, b) ? kManyRows : near) && b.col == 1;
+}
+
 // Columns of one task of gemm; their number changes no bit.
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
@@ -205,10 +239,12 @@ int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
   if (std::is_same_v<T, bfloat16_t> && has_bf16_units()) {
     return !has_pair_tiles() ? kUnitColumns
            : streams         ? kStreamSums / m
-                             : std::clamp(kPairSums / m, kUnitColumns, kMostPairColumns);
+                             : std::clamp(kSums / m, kColumnBlock, kMostPairColumns);
   }
 #endif
-  return streams ? kStreamSums / m : kColumnBlock;
+  return streams                 ? kStreamSums / m
+         : streams_many(m, k, b) ? std::clamp(kSums / m, kColumnBlock, kManyColumns)
+                                 : kColumnBlock;
 }
 
 // act(a (m, k) @ b (k, n) + bias) into c, on this thread. Out is T, or acc_t<T> for
@@ -236,61 +272,70 @@ void gemm_serial(
   }
   const bool few = m <= kStreamRows || (!kWiden && k <= kStreamDepth);
   const bool streams = few && b.col == 1 && n > kPanel && k > 0;
-  const bool pack_b = !streams && (kWiden || b.col != 1);
+  const bool many = !streams && n > kPanel && k > 0 && streams_many(m, k, b);
+  const bool copy_a = kWiden || many;
+  const bool pack_b = !streams && !many && (kWiden || b.col != 1);
+  const bool in_scratch = kNarrow || many;
 
   // Passes of equal depth: a short last one would load and store every sum for little.
   const int64_t passes = std::max<int64_t>(1, (k + kDepthBlock / 2) / kDepthBlock);
   const int64_t widest = ceil_div(k, passes);
 
   const Scratch<C> b_panel(pack_b ? widest * kPanel : 0);
-  const Scratch<C> a_wide(kWiden ? m * widest : 0);
-  const Scratch<C> c_wide(kNarrow ? m * n : 0);
-  C* sums;
-  int64_t sums_row;
+  const int64_t a_row = many ? apart(widest) : widest;
+  const Scratch<C> a_rows(copy_a ? m * a_row : 0);
+  const int64_t sums_row = many ? apart(n) : in_scratch ? n : c_row;
+  const Scratch<C> c_sums(in_scratch ? m * sums_row : 0);
+  C* sums = c_sums.get();
+  if constexpr (!kNarrow) {
+    sums = many ? sums : c;
+  }
   const C* add = nullptr;
   if constexpr (!kWiden) {
     add = bias;
   }
-  if constexpr (kNarrow) {
-    sums = c_wide.get();
-    sums_row = n;
-  } else {
-    sums = c;
-    sums_row = c_row;
-  }
   int64_t p = 0;
   do {  // once even for k = 0: the result is then act(bias)
     const int64_t depth = std::min(widest, k - p);
-    const bool finish = !kNarrow && p + depth == k;
+    const bool finish = !in_scratch && p + depth == k;
     Matrix<C> a_in;
-    if constexpr (kWiden) {
-      storage.pack(m, depth, a.at(0, p).data, a.row, a.col, a_wide.get(), depth);
-      a_in = {a_wide.get(), depth, 1};
-    } else {
+    if (copy_a) {
+      storage.pack(m, depth, a.at(0, p).data, a.row, a.col, a_rows.get(), a_row);
+      a_in = {a_rows.get(), a_row, 1};
+    } else if constexpr (!kWiden) {
       a_in = a.at(0, p);
     }
     if (streams) {
       storage.stream(
           m, n, depth, a_in.data, a_in.row, a_in.col, b.at(p, 0).data, b.row, sums, sums_row, p > 0,
           finish, add, act);
-    }
-    for (int64_t j = 0; j < n && !streams; j += kPanel) {
-      const int64_t cols = std::min(kPanel, n - j);
-      Matrix<C> b_in;
-      if (pack_b) {
-        b_in = {b_panel.get(), round_up(cols, kWidestLane), 1};
-        storage.pack(depth, cols, b.at(p, j).data, b.row, b.col, b_panel.get(), b_in.row);
-      } else if constexpr (!kWiden) {
-        b_in = b.at(p, j);
+    } else if (many) {
+      storage.stream_many(
+          m, n, depth, a_in.data, a_in.row, b.at(p, 0).data, b.row, sums, sums_row, p > 0);
+    } else {
+      const int64_t panel = pack_b ? kPanel : n;
+      for (int64_t j = 0; j < n; j += panel) {
+        const int64_t cols = std::min(panel, n - j);
+        Matrix<C> b_in;
+        if (pack_b) {
+          b_in = {b_panel.get(), round_up(cols, kWidestLane), 1};
+          storage.pack(depth, cols, b.at(p, j).data, b.row, b.col, b_panel.get(), b_in.row);
+        } else if constexpr (!kWiden) {
+          b_in = b.at(p, j);
+        }
+        product.block(
+            m, cols, depth, a_in.data, a_in.row, a_in.col, b_in.data, b_in.row, sums + j, sums_row,
+            p > 0, finish, add ? add + j : nullptr, act);
       }
-      product.block(
-          m, cols, depth, a_in.data, a_in.row, a_in.col, b_in.data, b_in.row, sums + j, sums_row,
-          p > 0, finish, add ? add + j : nullptr, act);
     }
     p += depth;
   } while (p < k);
-  if constexpr (kNarrow) {
-    storage.finish(m, n, sums, n, bias, act, c, c_row);
+  if (in_scratch) {
+    const Out* last_bias = nullptr;
+    if constexpr (std::is_same_v<Out, T>) {
+      last_bias = bias;
+    }
+    kernels().storage<Out>().finish(m, n, sums, sums_row, last_bias, act, c, c_row);
   }
 }
 

@@ -87,6 +87,11 @@ struct StorageKernels {
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
       int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
       Activation act);
+  // sums (m, n) = c0 + a (m, k) @ b (k, n) to the same bits, for more rows, b as it lies in memory;
+  // a and b with unit column stride, c0 = sums if `accumulate` else 0.
+  void (*stream_many)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const T* b, int64_t b_row,
+      C* sums, int64_t sums_row, bool accumulate);
   // out (rows, cols) = act(in + bias), rounded once to T.
   void (*finish)(
       int64_t rows, int64_t cols, const C* in, int64_t in_row, const T* bias, Activation act,
@@ -132,9 +137,10 @@ struct PairKernels {
   // = c0 + a @ b, a (m, 2 * pairs) with unit column stride, b a panel of pack_pairs, c0 = sums if
   // `accumulate` else 0. If out is not null, act(sums + bias), rounded once, is written there
   // instead, for an act that fits_in_tile. Every sum is one chain over the pairs in rising order,
-  // so its bits depend on neither m, cols nor how the pairs are cut into calls.
+  // so its bits depend on neither m, cols nor how the pairs are cut into calls. `first_panel`: a is
+  // read for the first time, maybe from memory.
   void (*block)(
-      int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row,
+      int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row, bool first_panel,
       const bfloat16_t* b, float* sums, bool accumulate, const bfloat16_t* bias, Activation act,
       bfloat16_t* out, int64_t out_row);
   // c (m <= kStreamRows, n) = a @ b to the same bits, from b (k, n) with unit column stride as it
@@ -142,10 +148,17 @@ struct PairKernels {
   void (*stream)(
       int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
       int64_t b_row, float* c, int64_t c_row);
+  // sums (m, n) = c0 + a @ b to the same bits, for more rows, c0 = sums if `accumulate` else 0.
+  // `far` asks for the rows of b that come next.
+  void (*stream_many)(
+      int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
+      int64_t b_row, bool far, float* sums, int64_t sums_row);
 };
 
 struct Kernels {
   const char* name;
+  // Rows up to which stream_many outruns tiles of a weight of 16 bits that lies in a cache.
+  int64_t many_rows;
   ProductKernels<float> f32_product;
   ProductKernels<double> f64_product;
   StorageKernels<float> f32;
