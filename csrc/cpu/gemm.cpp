@@ -66,7 +66,9 @@ constexpr int64_t kManyPairRows = 16;
 constexpr int64_t kFarBytes = 16 << 20;
 constexpr int64_t kManyColumns = 2048;
 // Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB.
+// So few rows rather load and store their sums half as often: 1.02 to 1.04 times as fast.
 constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kShallowRows = 32;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
 // so the rest is cut into powers of two.
 constexpr int64_t kUnitRows = 64;
@@ -278,7 +280,8 @@ void gemm_serial(
   const bool in_scratch = kNarrow || many;
 
   // Passes of equal depth: a short last one would load and store every sum for little.
-  const int64_t passes = std::max<int64_t>(1, (k + kDepthBlock / 2) / kDepthBlock);
+  const int64_t deepest = m <= kShallowRows && !many ? 2 * kDepthBlock : kDepthBlock;
+  const int64_t passes = std::max<int64_t>(1, (k + deepest / 2) / deepest);
   const int64_t widest = ceil_div(k, passes);
 
   const Scratch<C> b_panel(pack_b ? widest * kPanel : 0);
