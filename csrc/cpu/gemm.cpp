@@ -56,17 +56,22 @@ constexpr int64_t kUnitColumns = 256;
 // allows. One row of 4096 x 4096, on one thread: 2.4 ms in runs of 2 KiB, 2.1 in whole rows; 4 rows
 // of 1024 x 1024: 90 and 61 us.
 constexpr int64_t kStreamSums = 8192;
-// Up to so many rows wait for a weight that comes from memory: 16 rows of 4096 x 4096 took 1.2 to
-// 1.3 times as long in float32, and twice in float16, while tiles touched 256 bytes of a row at a
-// time. From a cache float32 is read as fast by tiles, whose sums stay in registers; a weight of 16
-// bits is widened on the way (kernels().many_rows). Pairs of bfloat16 are made on the way up to
-// kManyPairRows: 16 rows of 1024 x 1024 took 1.13 times as long packed, 32 no longer.
-constexpr int64_t kManyRows = 128;
-constexpr int64_t kManyPairRows = 16;
+// One of more rows has this many, 256 KiB.
+constexpr int64_t kSums = 1 << 16;
+// A weight that spans so much is likely to come from memory. Up to kManyRows rows wait for it, and
+// stream it: 16 rows of 4096 x 4096 took 1.2 to 1.3 times as long in float32, and twice in float16,
+// while tiles touched 256 bytes of a row at a time. From a cache float32 is read as fast by tiles,
+// whose sums stay in registers; for a weight of 16 bits, which is widened on the way,
+// kernels().many_rows says how far streaming pays.
 constexpr int64_t kFarBytes = 16 << 20;
+constexpr int64_t kManyRows = 128;
 constexpr int64_t kManyColumns = 2048;
-// Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB.
-// So few rows rather load and store their sums half as often: 1.02 to 1.04 times as fast.
+// Up to so many rows bfloat16 is paired on the way: 16 rows of 1024 x 1024 took 1.13 times as long
+// with packed pairs, 32 no longer.
+constexpr int64_t kManyPairRows = 16;
+// Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB. Up to
+// kShallowRows rows of a go twice as deep, to load and store their sums half as often: 1.02 to 1.04
+// times as fast.
 constexpr int64_t kDepthBlock = 256;
 constexpr int64_t kShallowRows = 32;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
@@ -77,7 +82,6 @@ constexpr int64_t kUnitDepth = 512;
 // of them (128 KiB) and the rows of a are read again and again: 4096 x 1024 x 1024 took 1.07 times
 // as long in tasks of 256 columns, 512 deep, that stay in level-2 cache as a whole.
 constexpr int64_t kPackedPairs = 1 << 19;
-constexpr int64_t kSums = 1 << 16;
 constexpr int64_t kMostPairColumns = 1024;
 constexpr int64_t kLeastPairDepth = 64;
 constexpr int64_t kWidestLane = 16;
@@ -227,6 +231,7 @@ void gemm_serial_bf16(
 }
 #endif
 
+// Whether m rows stream b, with stream_many.
 template <class T>
 bool streams_many(int64_t m, int64_t k, const Matrix<T>& b) {
   const int64_t near = std::is_same_v<T, acc_t<T>> ? 0 : kernels().many_rows;
