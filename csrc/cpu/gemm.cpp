@@ -48,7 +48,7 @@ namespace {
 
 // One task: at most this many rows of a and columns of b. Its share of the output, of a for one
 // depth and of b where that is packed then stay in level-2 cache, while rows of b are read in
-// runs of 2 KiB (512 bytes on the matrix units, whose panels are packed one depth at a time).
+// runs of 2 KiB (512 bytes for brgemm, whose panels are packed one depth at a time).
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kColumnBlock = 512;
 constexpr int64_t kUnitColumns = 256;
