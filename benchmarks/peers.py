@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import hand_over, sample
+from benchmarks.timing import sample, wait_for_sleep, warm_up
 
 Call = Callable[[], Tensor]
 Build = Callable[..., Call]
@@ -150,8 +150,12 @@ def _onnx_call(x: Tensor, layers: Sequence[_OnnxLayer]) -> Call:
     def into_its_own() -> Tensor:
         return torch.from_numpy(session.run(None, {"x": array})[0])
 
-    hand_over([into_ours, into_its_own])
-    return min(into_ours, into_its_own, key=lambda call: min(sample(call, 3) for _ in range(3)))
+    def seconds(call: Call) -> float:
+        warm_up(call)
+        return min(sample(call, 3) for _ in range(3))
+
+    wait_for_sleep()
+    return min(into_ours, into_its_own, key=seconds)
 
 
 def _onnx_model(x: Tensor, layers: Sequence[_OnnxLayer]) -> tuple[bytes, int]:

@@ -2,10 +2,9 @@
 
 import contextlib
 import gc
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ SAMPLE_SECONDS = 200e-6  # a thousand times what the clock and the loop around i
 LEAST_ROUNDS = 7  # the fewest that quartiles mean something for
 NAP_SECONDS = 0.01  # Linux counts the time of threads on other cores in steps of up to 4 ms
 MOST_NAPS = 20
+WARM_UP_SECONDS = 0.01
 
 
 class Spread(NamedTuple):
@@ -112,8 +112,9 @@ def take_turns(
         seconds: how long to go on; at least ``LEAST_ROUNDS`` rounds are made.
         clock: of the device that computes.
         restless: the names of those with threads of their own, which spin for a while after a
-            step. Between theirs and the others' turns the cores are handed over, which takes
-            a while; in return samples are ten times as long.
+            step. Between theirs and the others' turns all threads go to sleep, so that every
+            turn then begins with untimed steps. That takes a while; in return samples are ten
+            times as long.
 
     Returns:
         For each name the seconds of one step, by round.
@@ -123,14 +124,15 @@ def take_turns(
         least = SAMPLE_SECONDS * (10 if restless else 1)
         loops = {name: _loops(step, least, clock) for name, step in steps.items()}
         order = list(steps)
-        quiet = [name for name in order if name not in restless]
         before = order[-1]
         end = time.perf_counter() + seconds
         rounds = 0
         while rounds < LEAST_ROUNDS or time.perf_counter() < end:
             for name in order:
                 if name != before and not {name, before}.isdisjoint(restless):
-                    hand_over(steps[n] for n in ([name] if name in restless else quiet))
+                    wait_for_sleep()
+                if restless:
+                    warm_up(steps[name])
                 before = name
                 samples[name].append(sample(steps[name], loops[name], clock) / loops[name])
             order.reverse()
@@ -138,20 +140,27 @@ def take_turns(
     return samples
 
 
-def hand_over(steps: Iterable[Step]) -> None:
-    """Give the cores to these steps alone: let the threads of all others go to sleep first.
+def wait_for_sleep() -> None:
+    """Wait until no thread of this process computes.
 
     OpenMP's threads spin for 10 ms after a parallel region, ONNX Runtime's for 40 ms; what runs
-    beside them takes twice its time and makes them spin for longer. The steps then run untimed,
-    to warm caches and clock that cooled meanwhile.
+    beside them takes twice its time and makes them spin for longer.
     """
     for _ in range(MOST_NAPS):
         busy = time.process_time()
         time.sleep(NAP_SECONDS)
         if time.process_time() - busy < NAP_SECONDS / 10:
             break
-    end = time.perf_counter() + NAP_SECONDS
-    for step in itertools.cycle(steps):
+
+
+def warm_up(step: Step) -> None:
+    """Run a step untimed for a while, so that it finds the caches as it left them, clock and all.
+
+    Whoever is timed without this beside others that had it pays for them: a first pass over a
+    weight of 64 MiB took 1.5 times as long as the tenth, since much of it stays in the cache.
+    """
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while True:
         step()
         if time.perf_counter() > end:
             break

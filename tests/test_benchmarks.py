@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib
 import io
+import itertools
 import json
 import math
 import re
@@ -466,31 +467,53 @@ def test_candidates_take_turns_in_an_order_that_turns_round(bench, monkeypatch):
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", rounds)
 
 
-def test_the_cores_are_handed_over_between_restless_candidates_and_the_others(bench, monkeypatch):
+def test_threads_sleep_between_restless_candidates_and_the_others(bench, monkeypatch):
     monkeypatch.setattr(bench.timing, "SAMPLE_SECONDS", 0.0)
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "abx"}
-    monkeypatch.setattr(
-        bench.timing, "hand_over", lambda to: calls.append("|") or [step() for step in to]
-    )
+    monkeypatch.setattr(bench.timing, "wait_for_sleep", lambda: calls.append("|"))
+    monkeypatch.setattr(bench.timing, "warm_up", lambda step: step())
     bench.timing.take_turns(steps, 0, restless={"x"})
-    # x follows itself where the order turns round, and so does a: nothing to hand over there.
-    rounds = "|abab|xx", "x|abba", "ab|xx", "x|abba"
+    # Each turn is an untimed step and a timed one. x follows itself where the order turns round,
+    # and so does a: nobody's threads are in its way there.
+    rounds = "|aabb|xx", "xx|bbaa", "aabb|xx", "xx|bbaa"
     assert "".join(calls).startswith("".join(("aabbxx", *rounds)))
 
 
-def test_handing_over_waits_for_other_threads_to_end_their_work(bench):
+def test_nobody_is_warmed_up_where_nobody_is_restless(bench, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(bench.timing, "warm_up", warmed.append)
+    bench.timing.take_turns({"a": int, "b": int}, 0)
+    assert not warmed
+
+
+def test_waiting_ends_when_other_threads_end_their_work(bench):
     end = time.perf_counter() + 0.05
 
     def spin():
         while time.perf_counter() < end:
             pass
 
-    calls = []
     with concurrent.futures.ThreadPoolExecutor() as executor:
         executor.submit(spin)
-        bench.timing.hand_over([lambda: calls.append(time.perf_counter())])
-    assert min(calls) >= end
+        bench.timing.wait_for_sleep()
+        assert time.perf_counter() >= end
+
+
+def test_waiting_gives_up_on_a_thread_that_never_sleeps(bench, monkeypatch):
+    monkeypatch.setattr(bench.timing, "MOST_NAPS", 2)
+    monkeypatch.setattr(bench.timing.time, "process_time", itertools.count().__next__)
+    naps = []
+    monkeypatch.setattr(bench.timing.time, "sleep", naps.append)
+    bench.timing.wait_for_sleep()
+    assert naps == [bench.timing.NAP_SECONDS] * 2
+
+
+def test_warming_up_goes_on_for_its_time(bench, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    bench.timing.warm_up(lambda: now.append(now.pop() + 0.003))
+    assert now == [pytest.approx(0.012)]  # the first to end after 10 ms
 
 
 def test_a_sample_holds_as_many_steps_as_the_clock_needs(bench, monkeypatch):
