@@ -146,6 +146,10 @@ _LARGE_PRODUCTS = [
     ((241,), 257, 65),
     ((481,), 513, 128),
     ((3, 5, 17), 40, 33),
+    # Rows of 4 KiB in float32: of the input, of the weight and the gradient, of a large weight.
+    ((75,), 1024, 139),
+    ((75,), 139, 1024),
+    ((13,), 300, 1024),
     ((0,), 300, 65),
     ((300,), 0, 65),
     # More rows than one piece of the weight gradient's sum: 2, 3 and 65 pieces.

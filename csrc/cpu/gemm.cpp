@@ -58,14 +58,19 @@ constexpr int64_t kUnitColumns = 256;
 constexpr int64_t kStreamSums = 8192;
 // One of more rows has this many, 256 KiB.
 constexpr int64_t kSums = 1 << 16;
-// A weight that spans so much is likely to come from memory. Up to kManyRows rows wait for it, and
-// stream it: 16 rows of 4096 x 4096 took 1.2 to 1.3 times as long in float32, and twice in float16,
-// while tiles touched 256 bytes of a row at a time. From a cache float32 is read as fast by tiles,
-// whose sums stay in registers; for a weight of 16 bits, which is widened on the way,
-// kernels().many_rows says how far streaming pays.
+// A weight that spans so much is likely to come from memory. Few rows wait for it, and stream it:
+// 16 rows of 4096 x 4096 took 1.2 to 1.3 times as long in float32, and twice in float16, while
+// tiles touched 256 bytes of a row at a time. From a cache float32 is read as fast by tiles, whose
+// sums stay in registers; kernels().tuning says up to how many rows streaming pays.
 constexpr int64_t kFarBytes = 16 << 20;
-constexpr int64_t kManyRows = 128;
 constexpr int64_t kManyColumns = 2048;
+// One that spans so much leaves level-2 cache, or level 1.
+constexpr int64_t kNearBytes = 1 << 20;
+constexpr int64_t kLevel1Bytes = 1 << 15;
+// Rows that lie a multiple of this apart share their sets of the caches.
+constexpr int64_t kCollision = 4096;
+// Columns that pay for a copy of a: 100 x 784 x 100 took 1.05 times as long with one.
+constexpr int64_t kCopyingColumns = 128;
 // Up to so many rows bfloat16 is paired on the way: 16 rows of 1024 x 1024 took 1.13 times as long
 // with packed pairs, 32 no longer.
 constexpr int64_t kManyPairRows = 16;
@@ -97,10 +102,10 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // of lines, of float32.
 int64_t apart(int64_t cols) { return round_up(cols, 32) + 16; }
 
-// Whether k rows of b are likely to come from memory.
+// Whether k rows of b span that much.
 template <class T>
-bool is_far(int64_t k, const Matrix<T>& b) {
-  return k * b.row * static_cast<int64_t>(sizeof(T)) >= kFarBytes;
+bool spans(int64_t bytes, int64_t k, const Matrix<T>& b) {
+  return k * b.row * static_cast<int64_t>(sizeof(T)) >= bytes;
 }
 
 #if MYLAYERS_BRGEMM
@@ -154,7 +159,8 @@ void stream_bf16(
     sums = c;
   }
   if (many) {
-    pairs.stream_many(m, n, k, a.data, a.row, b.data, b.row, is_far(k, b), sums, sums_row);
+    const bool far = spans(kFarBytes, k, b);
+    pairs.stream_many(m, n, k, a.data, a.row, b.data, b.row, far, sums, sums_row);
   } else {
     pairs.stream(m, n, k, a.data, a.row, b.data, b.row, sums, sums_row);
   }
@@ -237,8 +243,28 @@ void gemm_serial_bf16(
 // Whether m rows stream b, with stream_many.
 template <class T>
 bool streams_many(int64_t m, int64_t k, const Matrix<T>& b) {
-  const int64_t near = std::is_same_v<T, acc_t<T>> ? 0 : kernels().many_rows;
-  return m > kStreamRows && m <= (is_far(k, b) ? kManyRows : near) && b.col == 1;
+  const Tuning& rows = kernels().tuning;
+  constexpr bool kNarrow = !std::is_same_v<T, acc_t<T>>;
+  const int64_t most = spans(kFarBytes, k, b)    ? rows.far
+                       : kNarrow                 ? rows.narrow
+                       : spans(kNearBytes, k, b) ? rows.near
+                                                 : 0;
+  return m > kStreamRows && m <= most && b.col == 1;
+}
+
+// Whether tiles of m rows copy what they share of b.
+template <class T>
+bool copies_b(int64_t m, int64_t k, const Matrix<T>& b) {
+  const Tuning& rows = kernels().tuning;
+  return rows.copying && b.col == 1 && spans(m < rows.copying ? kNearBytes : kLevel1Bytes, k, b);
+}
+
+// Whether tiles of n columns copy what they share of a.
+template <class T>
+bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
+  const bool apart =
+      a.col == 1 ? a.row * sizeof(T) % kCollision == 0 : spans(kLevel1Bytes, k, a.transposed());
+  return kernels().tuning.copying && m > kTileRows && n >= kCopyingColumns && apart;
 }
 
 // Columns of one task of gemm; their number changes no bit.
@@ -284,7 +310,10 @@ void gemm_serial(
   const bool streams = few && b.col == 1 && n > kPanel && k > 0;
   const bool many = !streams && n > kPanel && k > 0 && streams_many(m, k, b);
   const bool copy_a = kWiden || many;
-  const bool pack_b = !streams && !many && (kWiden || b.col != 1);
+  const bool tiles = !streams && !many;
+  const bool pack_b = tiles && (kWiden || b.col != 1);
+  const bool keep_a = tiles && !kWiden && copies_a(m, n, k, a);
+  const bool keep_b = tiles && !kWiden && copies_b(m, k, b);
   const bool in_scratch = kNarrow || many;
 
   // Passes of equal depth: a short last one would load and store every sum for little.
@@ -292,7 +321,9 @@ void gemm_serial(
   const int64_t passes = std::max<int64_t>(1, (k + deepest / 2) / deepest);
   const int64_t widest = ceil_div(k, passes);
 
-  const Scratch<C> b_panel(pack_b ? widest * kPanel : 0);
+  const Scratch<C> b_panel(widest * (pack_b ? kPanel : keep_b ? product.strip : 0));
+  const Scratch<C> a_tiles(keep_a ? m * widest : 0);
+  const Copies<C> copies = {keep_a ? a_tiles.get() : nullptr, keep_b ? b_panel.get() : nullptr};
   const int64_t a_row = many ? apart(widest) : widest;
   const Scratch<C> a_rows(copy_a ? m * a_row : 0);
   const int64_t sums_row = many ? apart(n) : in_scratch ? n : c_row;
@@ -327,16 +358,18 @@ void gemm_serial(
       const int64_t panel = pack_b ? kPanel : n;
       for (int64_t j = 0; j < n; j += panel) {
         const int64_t cols = std::min(panel, n - j);
-        Matrix<C> b_in;
+        const C* b_in = b_panel.get();
+        int64_t b_row = product.strip, b_strip = depth * product.strip;
         if (pack_b) {
-          b_in = {b_panel.get(), round_up(cols, kWidestLane), 1};
-          storage.pack(depth, cols, b.at(p, j).data, b.row, b.col, b_panel.get(), b_in.row);
+          storage.pack_strips(depth, cols, b.at(p, j).data, b.row, b.col, b_panel.get());
         } else if constexpr (!kWiden) {
-          b_in = b.at(p, j);
+          b_in = b.at(p, j).data;
+          b_row = b.row;
+          b_strip = product.strip;
         }
         product.block(
-            m, cols, depth, a_in.data, a_in.row, a_in.col, b_in.data, b_in.row, sums + j, sums_row,
-            p > 0, finish, add ? add + j : nullptr, act);
+            m, cols, depth, a_in.data, a_in.row, a_in.col, j == 0, b_in, b_row, b_strip, sums + j,
+            sums_row, p > 0, finish, add ? add + j : nullptr, act, copies);
       }
     }
     p += depth;

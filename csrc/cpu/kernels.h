@@ -54,17 +54,28 @@ constexpr int64_t kColumnChunk = 256;
 // Columns whose sums and means are kept in level-1 cache.
 constexpr int64_t kStrip = 1024;
 
+// Where block keeps what its tiles share, in the order in which they read it; null: nowhere.
+template <class C>
+struct Copies {
+  C* a = nullptr;  // m * k values
+  C* b = nullptr;  // one strip of k rows
+};
+
 // Inner loops over the element type C in which products are formed (float, double).
 template <class C>
 struct ProductKernels {
+  int64_t strip;  // columns of the widest tile
   // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), b with unit column
-  // stride, c0 = c if `accumulate` else 0; bias and act only if `finish`.
+  // stride, c0 = c if `accumulate` else 0; bias and act only if `finish`. Strip after strip of b
+  // begins `b_strip` after the one before: `strip` in a matrix, strip * k as pack_strips has them.
   // Every c[i][j] is one chain of fused multiply-adds over k in rising order, so its
   // bits depend on neither m, n nor how k is cut into calls.
+  // `first`: a is read for the first time, maybe from memory; later calls for more columns with the
+  // same copies.a read that. The first needs a whole strip of columns to fill it.
   void (*block)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
-      int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
-      Activation act);
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, bool first,
+      const C* b, int64_t b_row, int64_t b_strip, C* c, int64_t c_row, bool accumulate, bool finish,
+      const C* bias, Activation act, Copies<C> copies);
   // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows and a b with unit row
   // stride, to the same bits.
   void (*transposed)(
@@ -81,6 +92,10 @@ struct StorageKernels {
   void (*pack)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out,
       int64_t out_row);
+  // out: strips of product<C>().strip columns, one after another, each (rows, strip) = in
+  // (rows, cols) with any strides, zeros in columns beyond.
+  void (*pack_strips)(
+      int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out);
   // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
   // k > 0.
   void (*stream)(
@@ -155,10 +170,19 @@ struct PairKernels {
       int64_t b_row, bool far, float* sums, int64_t sums_row);
 };
 
+// The numbers of rows at which one way to multiply overtakes another.
+struct Tuning {
+  // stream_many up to so many, tiles for more: of a b that is likely to come from memory; of 16
+  // bits, from a cache; of more bits, from beyond level-2 cache.
+  int64_t far, narrow, near;
+  // Tiles copy a strip of a b from beyond level-1 cache that so many share, or fewer from beyond
+  // level 2. 0: they copy nothing.
+  int64_t copying;
+};
+
 struct Kernels {
   const char* name;
-  // Rows up to which stream_many outruns tiles of a weight of 16 bits that lies in a cache.
-  int64_t many_rows;
+  Tuning tuning;
   ProductKernels<float> f32_product;
   ProductKernels<double> f64_product;
   StorageKernels<float> f32;

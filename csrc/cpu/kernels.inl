@@ -51,8 +51,20 @@ constexpr int kBytes = MYLAYERS_LEVEL == 2 ? 64 : MYLAYERS_LEVEL == 1 ? 32 : 16;
 // Vectors across a register tile of kTileRows rows: 24 of AVX-512's 32 registers hold sums,
 // 12 of AVX2's 16, leaving room for one row of b and the broadcast element of a.
 constexpr int kTileVectors = MYLAYERS_LEVEL == 2 ? 4 : 2;
-// Vectors of columns of which stream_many holds kStreamDepth rows, in half of the registers.
-constexpr int kStreamVectors = kTileVectors / 2;
+// stream_many holds kManySteps rows of kManyVectors vectors of b in registers, and beside them the
+// sums of kManyTogether rows of a. With 16 registers, eight rows of one vector took 1.2 to 1.35
+// times as long at 16 to 64 rows of 4096 x 4096: each of their multiply-adds needs a broadcast.
+constexpr int kManyVectors = 2;
+constexpr int kManySteps = MYLAYERS_LEVEL == 2 ? kStreamDepth : 6;
+constexpr int kManyTogether = MYLAYERS_LEVEL == 2 ? 2 : 1;
+// Steps of a tile's loop in one turn: where another thread shared the core, one at a time took 1.1
+// to 1.16 times as long, as 12 multiply-adds came with 13 other instructions; elsewhere no longer.
+constexpr int kUnroll = MYLAYERS_LEVEL == 2 ? 1 : 4;
+// Measured on Zen 5 (AVX-512), and on Zen 3 at the two other levels. Level 2 of Zen 3, of 512 KiB
+// in 8 ways, holds 128 rows that lie 4 KiB apart: without copies 1024 x 1024 x 1024 took 1.5 times
+// as long in float32, its weight gradient 1.7 times, 256 x 256 x 256 1.15 times.
+constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 128, 0, 0} : Tuning{64, 32, 16, 32};
+constexpr bool kCopies = kTuning.copying > 0;
 
 template <class C>
 struct Vector;
@@ -483,6 +495,16 @@ void activate(int64_t m, int64_t n, C* c, int64_t c_row, Activation act) {
 
 // ---- products -----------------------------------------------------------------------
 
+// To level-1 cache. p + ahead may lie beyond the memory at hand.
+template <class T>
+INLINE void prefetch(const T* p, int64_t ahead) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + sizeof(T) * ahead));
+}
+
+// Rows of b that a tile which copies them asks for ahead of its step; 8 to 32 do alike.
+constexpr int64_t kAhead = 16;
+
 // The rows of a below those of a tile: a line of them is asked for at each step, so that the next
 // tile need not wait where a comes from memory. 16384 x 256 x 256 took 1.1 times as long.
 template <int kRows>
@@ -506,13 +528,17 @@ class RowsBelow {
   int row_ = 0;
 };
 
+// What a tile copies of what it reads, so that others find it in the order of their steps. That
+// costs it a store or two a step; copied beforehand, 32 rows of 1024 x 1024 took 1.1 times as long.
+enum Copying { kNothing, kA, kB, kBoth };
+
 // One register tile: rows x (vectors * kLanes) of c, the last vector cut to `tail` lanes
-// if kTail.
-template <class C, int kRows, int kVectors, bool kTail>
+// if kTail. `ask_a`, `ask_c`: there are rows of them below, to be asked for.
+template <class C, int kRows, int kVectors, bool kTail, Copying kCopying>
 void tile(
-    int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b, int64_t b_row, C* c,
-    int64_t c_row, int tail, bool more_rows, bool accumulate, bool finish, const C* bias,
-    Activation act) {
+    int64_t k, const C* a, int64_t a_row, int64_t a_col, bool ask_a, const C* b, int64_t b_row,
+    C* c, int64_t c_row, bool ask_c, int tail, bool accumulate, bool finish, const C* bias,
+    Activation act, Copies<C> copies) {
   constexpr int L = kLanes<C>;
   RowsBelow<kRows> below(a, a_row * static_cast<int64_t>(sizeof(C)));
   const auto get = [&](const C* p, int v) __attribute__((always_inline)) {
@@ -526,22 +552,41 @@ void tile(
       sum[i][v] = accumulate ? get(c + i * c_row, v) : vec<C>{};
     }
   }
-  for (int64_t p = 0; p < k; ++p) {
-    if (more_rows) {
+  if (ask_c) {
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      prefetch(c, (kRows + i) * c_row);
+    }
+  }
+  _Pragma("GCC unroll kUnroll") for (int64_t p = 0; p < k; ++p) {
+    if (ask_a) {
       below.ask();
     }
     vec<C> row[kVectors];
     UNROLL
     for (int v = 0; v < kVectors; ++v) {
       row[v] = in_register(get(b, v));
+      if constexpr ((kCopying & kB) != 0) {
+        store(copies.b + v * L, row[v]);
+      }
+    }
+    if constexpr ((kCopying & kB) != 0) {
+      prefetch(b, kAhead * b_row);
+      copies.b += kVectors * L;
     }
     UNROLL
     for (int i = 0; i < kRows; ++i) {
       const C x = load_bits<C>(a + i * a_row);
+      if constexpr ((kCopying & kA) != 0) {
+        copies.a[i] = x;
+      }
       UNROLL
       for (int v = 0; v < kVectors; ++v) {
         sum[i][v] = multiply_add<C>(splat(x), row[v], sum[i][v]);
       }
+    }
+    if constexpr ((kCopying & kA) != 0) {
+      copies.a += kRows;
     }
     a += a_col;
     b += b_row;
@@ -572,8 +617,8 @@ void tile(
 
 template <class C>
 using Tile = void (*)(
-    int64_t, const C*, int64_t, int64_t, const C*, int64_t, C*, int64_t, int, bool, bool, bool,
-    const C*, Activation);
+    int64_t, const C*, int64_t, int64_t, bool, const C*, int64_t, C*, int64_t, bool, int, bool,
+    bool, const C*, Activation, Copies<C>);
 
 // Of one vector twice as many rows: six sums would wait for their last multiply-adds. Of three as
 // many sums as of four.
@@ -582,11 +627,12 @@ constexpr int tile_rows(int vectors) {
 }
 
 template <
-    class C, int kVectors, bool kTail, class = std::make_integer_sequence<int, tile_rows(kVectors)>>
+    class C, int kVectors, bool kTail, Copying kCopying = kNothing,
+    class = std::make_integer_sequence<int, tile_rows(kVectors)>>
 struct Tiles;
-template <class C, int kVectors, bool kTail, int... kRow>
-struct Tiles<C, kVectors, kTail, std::integer_sequence<int, kRow...>> {
-  static constexpr Tile<C> kByRows[] = {tile<C, kRow + 1, kVectors, kTail>...};
+template <class C, int kVectors, bool kTail, Copying kCopying, int... kRow>
+struct Tiles<C, kVectors, kTail, kCopying, std::integer_sequence<int, kRow...>> {
+  static constexpr Tile<C> kByRows[] = {tile<C, kRow + 1, kVectors, kTail, kCopying>...};
 };
 
 template <class C>
@@ -602,6 +648,17 @@ const Tile<C>* tiles(int vectors, bool tail) {
     case 4:
       return tail ? Tiles<C, 4, true>::kByRows : Tiles<C, 4, false>::kByRows;
 #endif
+  }
+  __builtin_unreachable();
+}
+
+// Those of a whole strip that copy.
+template <class C>
+const Tile<C>* copying_tiles(bool a, bool b) {
+  if constexpr (kCopies) {
+    return !b  ? Tiles<C, kTileVectors, false, kA>::kByRows
+           : a ? Tiles<C, kTileVectors, false, kBoth>::kByRows
+               : Tiles<C, kTileVectors, false, kB>::kByRows;
   }
   __builtin_unreachable();
 }
@@ -775,8 +832,9 @@ INLINE void stream_columns(
   vec<C> row[kSteps][kVectors];
   load_rows<true>(b, b_row, lanes, row);
   int64_t i = 0;
-  for (; i + 2 <= m; i += 2) {
-    add_products<2>(a + i * a_row, a_row, row, sums + i * sums_row, sums_row, accumulate, lanes);
+  for (; i + kManyTogether <= m; i += kManyTogether) {
+    add_products<kManyTogether>(
+        a + i * a_row, a_row, row, sums + i * sums_row, sums_row, accumulate, lanes);
   }
   if (i < m) {
     add_products<1>(a + i * a_row, a_row, row, sums + i * sums_row, sums_row, accumulate, lanes);
@@ -789,8 +847,8 @@ void stream_many_pass(
     int64_t sums_row, bool accumulate) {
   constexpr int L = kLanes<C>;
   int64_t j = 0;
-  for (; j + kStreamVectors * L <= n; j += kStreamVectors * L) {
-    stream_columns<T, kSteps, kStreamVectors>(
+  for (; j + kManyVectors * L <= n; j += kManyVectors * L) {
+    stream_columns<T, kSteps, kManyVectors>(
         m, a, a_row, b + j, b_row, sums + j, sums_row, accumulate, L);
   }
   for (; j < n; j += L) {
@@ -808,9 +866,9 @@ void stream_many(
     int64_t sums_row, bool accumulate) {
   constexpr auto passes = []<int... kStep>(std::integer_sequence<int, kStep...>) {
     return std::array{stream_many_pass<T, kStep + 1>...};
-  }(std::make_integer_sequence<int, kStreamDepth>{});
-  for (int64_t p = 0; p < k; p += kStreamDepth) {
-    passes[(k - p < kStreamDepth ? k - p : kStreamDepth) - 1](
+  }(std::make_integer_sequence<int, kManySteps>{});
+  for (int64_t p = 0; p < k; p += kManySteps) {
+    passes[(k - p < kManySteps ? k - p : kManySteps) - 1](
         m, n, a + p, a_row, b + p * b_row, b_row, sums, sums_row, accumulate || p > 0);
   }
 }
@@ -824,29 +882,46 @@ constexpr int64_t next_height(int64_t left, int64_t most) {
 
 template <class C>
 void block(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
-    int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
-    Activation act) {
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, bool first,
+    const C* b, int64_t b_row, int64_t b_strip, C* c, int64_t c_row, bool accumulate, bool finish,
+    const C* bias, Activation act, Copies<C> copies) {
   constexpr int L = kLanes<C>;
+  constexpr int64_t kStrip = kTileVectors * L;
   // 7 or 8 rows make one tile of three vectors, and b is read once: 8 x 256 x 256 took 1.06 times
   // as long in two of four, 7 x 1024 x 1024 1.45.
   const bool one_tile = m > kTileRows && m <= tile_rows(3);
-  const int64_t width = (one_tile && kTileVectors > 3 ? 3 : kTileVectors) * L;
+  const int64_t width = one_tile && kTileVectors > 3 ? 3 * L : kStrip;
   const bool activates_after = finish && !fits_in_tile(act);
-  for (int64_t j = 0; j < n; j += width) {
-    const int64_t cols = n - j < width ? n - j : width;
+  for (int64_t j = 0, cols = 0; j < n; j += cols) {
+    const int64_t in_strip = j % kStrip, end = b_strip == kStrip ? n : j - in_strip + kStrip;
+    cols = (end < n ? end : n) - j;
+    cols = cols < width ? cols : width;
     const int tail = static_cast<int>(cols % L);
-    const int vectors = static_cast<int>((cols + L - 1) / L), most = tile_rows(vectors);
-    const Tile<C>* by_rows = tiles<C>(vectors, tail != 0);
-    int64_t rows = 0;
+    const int vectors = static_cast<int>((cols + L - 1) / L);
+    // The copy of a is one of tiles of the usual height.
+    const int most = copies.a ? kTileRows : tile_rows(vectors);
+    const Tile<C>* usual = tiles<C>(vectors, tail != 0);
+    const bool reads_a = first && j == 0, copies_b = copies.b && cols == kStrip && m > most;
+    const C* strip = b + j / kStrip * b_strip + in_strip;
+    int64_t strip_row = b_row, rows = 0;
     for (int64_t i = 0; i < m; i += rows) {
       rows = next_height(m - i, most);
-      const bool more_rows = j == 0 && a_col == 1 && i + rows < m;
+      const bool below = i + rows < m;
+      C* kept = copies.a ? copies.a + i * k : nullptr;
+      const bool fills_a = kept && reads_a, fills_b = copies_b && i == 0;
+      const Tile<C>* by_rows = fills_a || fills_b ? copying_tiles<C>(fills_a, fills_b) : usual;
+      const bool from_kept = kept && !reads_a;
       by_rows[rows - 1](
-          k, a + i * a_row, a_row, a_col, b + j, b_row, c + i * c_row + j, c_row, tail, more_rows,
-          accumulate, finish, bias ? bias + j : nullptr, act);
+          k, from_kept ? kept : a + i * a_row, from_kept ? 1 : a_row, from_kept ? rows : a_col,
+          reads_a && a_col == 1 && below, strip, strip_row, c + i * c_row + j, c_row,
+          kCopies && below, tail, accumulate, finish, bias ? bias + j : nullptr, act,
+          {kept, copies.b});
       if (activates_after) {
         activate(rows, cols, c + i * c_row + j, c_row, act);
+      }
+      if (fills_b) {
+        strip = copies.b;
+        strip_row = kStrip;
       }
     }
   }
@@ -1025,6 +1100,28 @@ void pack(
   }
 }
 
+template <class T>
+void pack_strips(
+    int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, acc_t<T>* out) {
+  using C = acc_t<T>;
+  constexpr int L = kLanes<C>;
+  constexpr int64_t kStrip = kTileVectors * L;
+  const int64_t whole = in_col == 1 ? cols / kStrip * kStrip : 0;
+  for (int64_t i = 0; i < rows; ++i) {  // all strips at once: memory is read in longer runs
+    for (int64_t j = 0; j < whole; j += kStrip) {
+      UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        store(out + j * rows + i * kStrip + v * L, load(in + i * in_row + j + v * L));
+      }
+    }
+  }
+  for (int64_t j = whole; j < cols; j += kStrip) {
+    pack<T, C>(
+        rows, cols - j < kStrip ? cols - j : kStrip, in + j * in_col, in_row, in_col,
+        out + j * rows, kStrip);
+  }
+}
+
 // c (kRows, n) = act(a (kRows, k) @ b (k, n) + bias) for a b with unit row stride. Squares of b
 // are transposed in registers and used at once, one read of b being all that few rows of a pay
 // for; the sums, of kGroups vectors of columns, stay in registers over the whole depth.
@@ -1155,12 +1252,6 @@ INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, b
     store_pairs(pairs + 2 * j, even + j, odd + j, 1, kLanes<float>);
   }
 #endif
-}
-
-// To level-1 cache. p + ahead may lie beyond the memory at hand.
-INLINE void prefetch(const bfloat16_t* p, int64_t ahead) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + sizeof(bfloat16_t) * ahead));
 }
 
 // Two rows of b side by side, as the processor's 16-bit multiply-adds want them. Memory is read in
@@ -1769,16 +1860,25 @@ void center_columns(int64_t slices, int64_t rows, int64_t cols, const T* x, int6
 }
 
 template <class T>
-constexpr StorageKernels<T> kStorage = {pack<T, acc_t<T>>,   stream<T>,        stream_many<T>,
-                                        finish<T>,           mask<T>,          sum<T>,
-                                        subtract<T>,         center_runs<T>,   column_sums<T>,
-                                        subtract_columns<T>, center_columns<T>};
+constexpr StorageKernels<T> kStorage = {
+    pack<T, acc_t<T>>,
+    pack_strips<T>,
+    stream<T>,
+    stream_many<T>,
+    finish<T>,
+    mask<T>,
+    sum<T>,
+    subtract<T>,
+    center_runs<T>,
+    column_sums<T>,
+    subtract_columns<T>,
+    center_columns<T>};
 
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
-    MYLAYERS_LEVEL == 2 ? 128 : 8,
-    {block<float>, transposed<float>},
-    {block<double>, transposed<double>},
+    kTuning,
+    {kTileVectors * kLanes<float>, block<float>, transposed<float>},
+    {kTileVectors * kLanes<double>, block<double>, transposed<double>},
     kStorage<float>,
     kStorage<double>,
     kStorage<half_t>,
