@@ -3,6 +3,7 @@
 
 #include <c10/util/irange.h>
 
+#include <array>
 #include <charconv>
 
 #include "linear_act.h"
@@ -101,6 +102,22 @@ Program::Program(std::string_view given) : text(given) {
   TORCH_CHECK_VALUE(
       steps.back().computes(),
       "sequential: program must not end in a flatten, which computes nothing; got \"", text, "\"");
+}
+
+std::shared_ptr<const Program> Program::of(std::string_view text) {
+  // Actor, critic, encoder: as many as a thread may well call in turn.
+  constexpr size_t kKept = 8;
+  static thread_local std::array<std::shared_ptr<const Program>, kKept> kept;
+  static thread_local size_t next = 0;
+  for (const auto& program : kept) {
+    if (program && program->text == text) {
+      return program;
+    }
+  }
+  auto parsed = std::make_shared<const Program>(text);
+  kept[next] = parsed;
+  next = (next + 1) % kKept;
+  return parsed;
 }
 
 void Program::check_parameters(at::TensorList given) const {

@@ -15,6 +15,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/OptionalArrayRef.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,9 @@ struct Step {
 
 struct MYLAYERS_API Program {
   explicit Program(std::string_view text);  // ValueError for what the grammar lacks
+
+  // The same, parsed once: a thread keeps those that it was last asked for.
+  static std::shared_ptr<const Program> of(std::string_view text);
 
   void check_parameters(at::TensorList given) const;
 
@@ -123,7 +127,7 @@ using BackwardKernel = std::vector<at::Tensor>(
 // kernel(input, parameters, program), for a forward function above.
 template <auto kernel>
 auto forward_kernel(const at::Tensor& input, at::TensorList parameters, std::string_view program) {
-  return kernel(input, parameters, Program(program));
+  return kernel(input, parameters, *Program::of(program));
 }
 
 // Undefined tensors for none.
@@ -138,7 +142,7 @@ std::vector<at::Tensor> backward_kernel(
     c10::SymIntArrayRef flattened, std::string_view program, const c10::List<bool>& output_mask) {
   return kernel(
       tensors(grad_outputs), input.value_or(at::Tensor()), tensors(outputs), tensors(parameters),
-      flattened, Program(program), GradientsAskedFor(output_mask.begin(), output_mask.end()));
+      flattened, *Program::of(program), GradientsAskedFor(output_mask.begin(), output_mask.end()));
 }
 
 }  // namespace mylayers

@@ -42,12 +42,15 @@ struct Sequential : torch::autograd::Function<Sequential> {
     }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["program"] = program.text;
-    ctx->saved_data["flattened"] = flattened_sizes(input, outputs, program);
+    if (auto flattened = flattened_sizes(input, outputs, program); !flattened.empty()) {
+      ctx->saved_data["flattened"] = std::move(flattened);
+    }
     return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Program program(ctx->saved_data["program"].toStringView());
+    const auto kept = Program::of(ctx->saved_data["program"].toStringView());
+    const Program& program = *kept;
     const size_t tensors = 1 + program.parameters;
     variable_list gradients(tensors + 1);  // the program, too, was an argument
     // What lies behind the last output with a gradient gets none, not zeros.
@@ -67,9 +70,12 @@ struct Sequential : torch::autograd::Function<Sequential> {
     for (size_t i = 0; i < tensors; ++i) {
       asked.push_back(i < reached && ctx->needs_input_grad(i));
     }
+    const auto flattened = ctx->saved_data.find("flattened");
     auto wanted = sequential_backward(
         grads, all[0], all.slice(1, program.outputs), all.slice(1 + program.outputs),
-        ctx->saved_data["flattened"].toSymIntVector(), program, asked);
+        flattened == ctx->saved_data.end() ? std::vector<c10::SymInt>()
+                                           : flattened->second.toSymIntVector(),
+        program, asked);
     for (size_t i = 0, next = 0; i < tensors; ++i) {
       if (asked[i]) {
         gradients[i] = std::move(wanted[next++]);

@@ -93,19 +93,17 @@ Gradients linear_act_gradients(
     const bool masks = act != Activation::kNone;
     const at::Tensor none;
     const auto y = (masks ? *output : none).expect_contiguous();
-    at::Tensor dz;
     if (mask[2]) {
       db = empty_like_of(grad_output, {units});
     }
-    if (masks && (mask[0] || mask[1])) {
-      dz = empty_like_of(grad_output, {rows, units});
-    }
-    if (dz.defined() || mask[2]) {
+    const bool keeps_dz = masks && (mask[0] || mask[1]);
+    const Scratch<T> dz(keeps_dz ? rows * units : 0);
+    if (keeps_dz || mask[2]) {
       mask_and_sum<T>(
-          dy, masks ? data<T>(*y) : nullptr, act, dz.defined() ? mutable_data<T>(dz) : nullptr,
+          dy, masks ? data<T>(*y) : nullptr, act, keeps_dz ? dz.get() : nullptr,
           mask[2] ? mutable_data<T>(db) : nullptr);
     }
-    const Matrix<T> g = dz.defined() ? matrix<T>(dz) : dy.matrix<T>();
+    const Matrix<T> g = keeps_dz ? Matrix<T>{dz.get(), units, 1} : dy.matrix<T>();
     if (mask[0]) {
       const int64_t in_units = weight->size(transposed ? 1 : 0);
       const Matrix<T> w = matrix<T>(*weight);
