@@ -303,7 +303,12 @@ void gemm_serial(
   constexpr bool kNarrow = !std::is_same_v<Out, C>;  // 16-bit output: sum in scratch
   if constexpr (!kWiden) {
     if (m <= kStreamRows && b.row == 1 && b.col != 1) {
-      return product.transposed(m, n, k, a.data, a.row, a.col, b.data, b.col, c, c_row, bias, act);
+      const Scratch<C> rows(a.col == 1 ? 0 : m * k);
+      if (a.col != 1) {
+        storage.pack(m, k, a.data, a.row, a.col, rows.get(), k);
+        a = {rows.get(), k, 1};
+      }
+      return product.transposed(m, n, k, a.data, a.row, b.data, b.col, c, c_row, bias, act);
     }
   }
   const bool few = m <= kStreamRows || (!kWiden && k <= kStreamDepth);

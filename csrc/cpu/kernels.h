@@ -76,11 +76,11 @@ struct ProductKernels {
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, bool first,
       const C* b, int64_t b_row, int64_t b_strip, C* c, int64_t c_row, bool accumulate, bool finish,
       const C* bias, Activation act, Copies<C> copies);
-  // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows and a b with unit row
-  // stride, to the same bits.
+  // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows, an a with unit column stride
+  // and a b with unit row stride, to the same bits.
   void (*transposed)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
-      int64_t b_col, C* c, int64_t c_row, const C* bias, Activation act);
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c,
+      int64_t c_row, const C* bias, Activation act);
 };
 
 // Inner loops over a storage type T with accumulator C = acc_t<T>.

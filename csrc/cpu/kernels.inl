@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -1122,83 +1123,110 @@ void pack_strips(
   }
 }
 
-// c (kRows, n) = act(a (kRows, k) @ b (k, n) + bias) for a b with unit row stride. Squares of b
-// are transposed in registers and used at once, one read of b being all that few rows of a pay
-// for; the sums, of kGroups vectors of columns, stay in registers over the whole depth.
-template <class C, int kRows, int kGroups>
-void stream_transposed(
-    int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b, int64_t b_col, C* c,
-    int64_t c_row, const C* bias, Activation act) {
+// c = act(a (kRows, k) @ b (k, n) + bias) for kGroups vectors of columns, whole ones, or for one
+// that n cuts, of a and a transposed b with unit strides along k. Squares of b are transposed in
+// registers and used at once, one read of b being all that few rows of a pay for; the sums stay in
+// registers over the whole depth.
+template <class C, int kRows, int kGroups, bool kWhole>
+INLINE void transposed_columns(
+    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
+    const C* bias, Activation act) {
   constexpr int L = kLanes<C>;
-  for (int64_t j = 0; j < n; j += kGroups * L) {
-    const C* columns[kGroups * L];  // beyond n the last one again
-    UNROLL
-    for (int l = 0; l < kGroups * L; ++l) {
-      columns[l] = b + (j + l < n ? j + l : n - 1) * b_col;
-    }
-    vec<C> sum[kGroups][kRows] = {};
-    const auto add_squares = [&](int64_t p, int steps) __attribute__((always_inline)) {
+  constexpr int kSquares = 64 / kBytes;  // in a row of lines, which are used up once they are there
+  // Beyond n the last column again. Offsets serve all groups; as many pointers would not stay in
+  // registers.
+  int64_t offsets[L];
+  UNROLL
+  for (int l = 0; l < L; ++l) {
+    offsets[l] = (kWhole || l < n ? l : n - 1) * b_col;
+  }
+  vec<C> sum[kGroups][kRows] = {};
+  const auto add_square = [&](int g, int64_t p, int steps) __attribute__((always_inline)) {
+    const C* first = b + g * L * b_col + p;
+    vec<C> square[L];
+    if (steps == L) {
+      load_transposed<C>(square, [&](int l) { return first + offsets[l]; });
+    } else {
       UNROLL
-      for (int g = 0; g < kGroups; ++g) {
-        const C* const* rows = columns + g * L;
-        vec<C> square[L];
-        if (steps == L) {
-          load_transposed<C>(square, [&](int l) { return rows[l] + p; });
-        } else {
-          UNROLL
-          for (int l = 0; l < L; ++l) {
-            square[l] = load_n(rows[l] + p, steps);
-          }
-          transpose<C>(square);
-        }
+      for (int l = 0; l < L; ++l) {
+        square[l] = load_n(first + offsets[l], steps);
+      }
+      transpose<C>(square);
+    }
+    UNROLL
+    for (int s = 0; s < L; ++s) {
+      if (s < steps) {
         UNROLL
-        for (int s = 0; s < L; ++s) {
-          if (s < steps) {
-            UNROLL
-            for (int i = 0; i < kRows; ++i) {
-              const C x = load_bits<C>(a + i * a_row + (p + s) * a_col);
-              sum[g][i] = multiply_add<C>(splat(x), square[s], sum[g][i]);
-            }
-          }
+        for (int i = 0; i < kRows; ++i) {
+          const C x = load_bits<C>(a + i * a_row + p + s);
+          sum[g][i] = multiply_add<C>(splat(x), square[s], sum[g][i]);
         }
       }
-    };
-    int64_t p = 0;
-    for (; p + L <= k; p += L) {
-      add_squares(p, L);
     }
-    if (p < k) {
-      add_squares(p, static_cast<int>(k - p));
-    }
+  };
+  int64_t p = 0;
+  for (; p + kSquares * L <= k; p += kSquares * L) {
     UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      const int64_t first = j + g * L;
-      const int lanes = static_cast<int>(n - first < L ? n - first : L);
-      if (lanes <= 0) {
-        break;
-      }
       UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const vec<C> out = bias ? sum[g][i] + load_n(bias + first, lanes) : sum[g][i];
-        store_n(c + i * c_row + first, activate_in_tile<C>(out, act), lanes);
+      for (int q = 0; q < kSquares; ++q) {
+        add_square(g, p + q * L, L);
       }
+    }
+  }
+  for (; p < k; p += L) {
+    UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      add_square(g, p, static_cast<int>(k - p < L ? k - p : L));
+    }
+  }
+  const int lanes = kWhole || n > L ? L : static_cast<int>(n);
+  UNROLL
+  for (int g = 0; g < kGroups; ++g) {
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const vec<C> out = bias ? sum[g][i] + load_n(bias + g * L, lanes) : sum[g][i];
+      store_n(c + i * c_row + g * L, activate_in_tile<C>(out, act), lanes);
     }
   }
 }
 
-// A sum waits for its last multiply-add, so one row takes two vectors of columns: 1 x 256 x 256 ran
-// 1.25 times as fast, but 1 x 1024 x 1024, whose columns lie in the same sets of the caches, at 0.8
-// of its speed.
+// A sum waits for its last multiply-add, so one or two rows take two vectors of columns, unless
+// these lie in the same sets of the caches: 1 x 256 x 256 ran 1.25 times as fast so, 2 x 256 x
+// 256 1.2 times, but 1 x 1024 x 1024 at 0.8 of its speed.
+template <class C, int kRows>
+void stream_transposed(
+    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
+    const C* bias, Activation act) {
+  constexpr int L = kLanes<C>;
+  constexpr int kGroups = kRows <= 2 ? 2 : 1;
+  const bool collide = b_col * static_cast<int64_t>(sizeof(C)) % 4096 == 0;
+  int64_t j = 0;
+  const auto next = [&]<int kMany, bool kWhole>(
+                        std::integer_sequence<int, kMany>, std::bool_constant<kWhole>) {
+    transposed_columns<C, kRows, kMany, kWhole>(
+        n - j, k, a, a_row, b + j * b_col, b_col, c + j, c_row, bias ? bias + j : nullptr, act);
+    j += kMany * L;
+  };
+  while (!collide && j + kGroups * L <= n) {
+    next(std::integer_sequence<int, kGroups>{}, std::true_type{});
+  }
+  while (j + L <= n) {
+    next(std::integer_sequence<int, 1>{}, std::true_type{});
+  }
+  if (j < n) {
+    next(std::integer_sequence<int, 1>{}, std::false_type{});
+  }
+}
+
 template <class C>
 void transposed(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const C* b,
-    int64_t b_col, C* c, int64_t c_row, const C* bias, Activation act) {
-  constexpr decltype(&stream_transposed<C, 1, 1>) by_rows[kStreamRows] = {
-      stream_transposed<C, 1, 2>, stream_transposed<C, 2, 1>, stream_transposed<C, 3, 1>,
-      stream_transposed<C, 4, 1>};
-  const bool collide = b_col * static_cast<int64_t>(sizeof(C)) % 4096 == 0;
-  const auto stream = m == 1 && collide ? stream_transposed<C, 1, 1> : by_rows[m - 1];
-  stream(n, k, a, a_row, a_col, b, b_col, c, c_row, bias, act);
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c,
+    int64_t c_row, const C* bias, Activation act) {
+  constexpr decltype(&stream_transposed<C, 1>) by_rows[kStreamRows] = {
+      stream_transposed<C, 1>, stream_transposed<C, 2>, stream_transposed<C, 3>,
+      stream_transposed<C, 4>};
+  by_rows[m - 1](n, k, a, a_row, b, b_col, c, c_row, bias, act);
   if (!fits_in_tile(act)) {
     activate(m, n, c, c_row, act);
   }
