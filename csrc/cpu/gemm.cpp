@@ -311,8 +311,13 @@ void gemm_serial(
       return product.transposed(m, n, k, a.data, a.row, b.data, b.col, c, c_row, bias, act);
     }
   }
-  const bool few = m <= kStreamRows || (!kWiden && k <= kStreamDepth);
-  const bool streams = few && b.col == 1 && n > kPanel && k > 0;
+  // Columns from which streaming outruns tiles: a sum of few rows stays in a tile's registers, one
+  // of few terms is all writing.
+  const int64_t least = m <= kStreamRows                   ? kPanel + 1
+                        : !kWiden && 2 * k <= kStreamDepth ? kPanel / 2
+                        : !kWiden && k <= kStreamDepth     ? kPanel
+                                                           : INT64_MAX;
+  const bool streams = n >= least && b.col == 1 && k > 0;
   const bool many = !streams && n > kPanel && k > 0 && streams_many(m, k, b);
   const bool copy_a = kWiden || many;
   const bool tiles = !streams && !many;
