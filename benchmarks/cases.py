@@ -18,8 +18,11 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from benchmarks.limits import Work
 from benchmarks.peers import (
     Build,
+    Learn,
+    by_autograd,
     compiled,
     eager,
+    in_one_call,
     module,
     numpy_network,
     onnx_network,
@@ -73,6 +76,8 @@ class Candidate:
         transposed: positions of the matrices that it wants transposed. They are laid out so
             beforehand, outside the timing, and their gradients are turned back.
         yardstick: whether it computes something else, which is only there to compare with.
+        learn: given such a call and a target, computes the loss of a step of training and its
+            gradients.
         restless: whether it brings threads of its own, which spin after a step.
         rows: the only number of rows that it is there for; None for any.
     """
@@ -80,6 +85,7 @@ class Candidate:
     build: Build
     transposed: tuple[int, ...] = ()
     yardstick: bool = False
+    learn: Learn = by_autograd
     restless: bool = False
     rows: int | None = None
 
@@ -469,6 +475,11 @@ NETWORK_TRAINING = {
     "reduce-overhead": Candidate(compiled(module(_stock_network), mode="reduce-overhead")),
     "max-autotune": Candidate(compiled(module(_stock_network), mode="max-autotune")),
 }
+NETWORK_LEARNING = {
+    **NETWORK_TRAINING,
+    SUBJECT: Candidate(eager(module(_fused_network)), learn=in_one_call),
+    "own-loop": Candidate(eager(module(_fused_network)), yardstick=True),  # as the peers learn
+}
 
 
 def _shapes(*sizes: tuple[int, ...]) -> tuple[Shape, ...]:
@@ -641,9 +652,9 @@ SUITES: dict[str, Suite] = {
         STOCK,
     ),
     "networks-training": Suite(
-        "FusedSequential, a step of training: forward, loss, backward, SGD",
+        "FusedSequential, a step of training: forward_backward with a loss, SGD",
         NETWORK,
-        NETWORK_TRAINING,
+        NETWORK_LEARNING,
         tuple(range(1, MOST_PARAMETERS + 1)),
         NETWORK_TRAINING_SHAPES,
         POLICIES[:1],

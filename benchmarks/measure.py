@@ -1,6 +1,7 @@
 """One case: every candidate is verified against ``mylayers.reference``, then all are timed."""
 
 import dataclasses
+import functools
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -180,7 +181,8 @@ class Problem:
             ]
 
         if self.target is not None:
-            return training_step(call, leaves, self.target), upright
+            learn = functools.partial(candidate.learn, call, self.target)
+            return training_step(learn, leaves), lambda found: upright([call(), *found])
         return backward_step(call, leaves, self.grad_output), upright
 
     def verify(self, got: Sequence[Tensor | None], who: str) -> None:

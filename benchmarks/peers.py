@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 from benchmarks.timing import sample, wait_for_sleep, warm_up
+from mylayers import forward_backward
 
 Call = Callable[[], Tensor]
 Build = Callable[..., Call]
+Learn = Callable[[Call, Tensor], object]  # loss and gradients of a call's result and a target
 Bound = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # what is called, and with what
 Bind = Callable[..., Bound]
 _OnnxLayer = tuple[Tensor, Tensor, str | None]  # weight (in_units, units), bias, activation
@@ -51,6 +54,20 @@ def eager(bind: Bind) -> Build:
         return functools.partial(function, *inputs)
 
     return build
+
+
+# A sum, since the gradients of a mean over many elements underflow in float16.
+_SQUARES = nn.MSELoss(reduction="sum")
+
+
+def by_autograd(call: Call, target: Tensor) -> None:
+    """Loss and gradients as every network is trained."""
+    F.mse_loss(call(), target, reduction="sum").backward()
+
+
+def in_one_call(call: functools.partial[Tensor], target: Tensor) -> None:
+    """Loss and gradients of an eager call of a module, by ``mylayers.forward_backward``."""
+    forward_backward(call.func, _SQUARES, *call.args, target)  # type: ignore[arg-type]
 
 
 def compiled(bind: Bind, *, freezing: bool = False, **settings: Any) -> Build:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 Step = Callable[[], object]
 Clock = Callable[[Step], float]  # the seconds that something takes
@@ -76,20 +75,19 @@ def backward_step(
 
 
 def training_step(
-    forward: Callable[[], Tensor], parameters: Sequence[Tensor], target: Tensor
+    learn: Callable[[], object], parameters: Sequence[Tensor]
 ) -> Callable[[], list[Tensor | None]]:
-    """Forward, loss, backward and SGD, whose rate of 0 costs as much as another.
+    """What gives the parameters their gradients, then SGD; gives these gradients.
 
-    It leaves the parameters, which the candidates share, as they are. The loss is a sum, since
-    the gradients of a mean over many elements underflow in float16.
+    SGD's rate is 0, which costs as much as another: it leaves the parameters, which the candidates
+    share, as they are.
     """
     optimizer = torch.optim.SGD(parameters, lr=0.0)
 
     def step() -> list[Tensor | None]:
-        output = forward()
-        F.mse_loss(output, target, reduction="sum").backward()
+        learn()
         optimizer.step()
-        found = [output, *(parameter.grad for parameter in parameters)]
+        found = [parameter.grad for parameter in parameters]
         optimizer.zero_grad()
         return found
 

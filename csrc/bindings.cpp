@@ -17,6 +17,7 @@
 #include "cpu/huge_pages.h"
 #include "linear_act.h"
 #include "sequential.h"
+#include "training.h"
 
 namespace py = pybind11;
 
@@ -267,9 +268,12 @@ const Chain* chain_of(PyObject* capsule) {
   return chain;
 }
 
-// The chain's result; NotImplemented where the chain does not fit the children, or something
-// watches calls by their Python name.
-PyObject* run(const Names& names, const Chain* chain, PyObject* modules, PyObject* input) {
+// compute(input, parameters, is_short) for the chain; NotImplemented where the chain does not fit
+// the children, or something watches calls by their Python name.
+template <class Compute>
+PyObject* run(
+    const Names& names, const Chain* chain, PyObject* modules, PyObject* input,
+    const Compute& compute) {
   const auto refuse = [] { return Py_NewRef(Py_NotImplemented); };
   if (!THPVariable_CheckExact(input) || !PyDict_CheckExact(modules) ||
       PyDict_GET_SIZE(modules) != chain->siblings || at::impl::torch_function_mode_enabled() ||
@@ -317,8 +321,16 @@ PyObject* run(const Names& names, const Chain* chain, PyObject* modules, PyObjec
   }
   const bool is_short = has_plain_sizes(x) && work_per_row <= kShort && x.numel() <= kShort &&
                         x.numel() * work_per_row <= kShort * (x.dim() ? x.size(-1) : 1);
-  return wrapped(
-      is_short, [&] { return mylayers::sequential(x, parameters.list(), chain->program); });
+  return compute(x, parameters.list(), is_short);
+}
+
+PyObject* run(const Names& names, const Chain* chain, PyObject* modules, PyObject* input) {
+  return run(
+      names, chain, modules, input,
+      [&](const at::Tensor& x, at::TensorList parameters, bool is_short) {
+        return wrapped(
+            is_short, [&] { return mylayers::sequential(x, parameters, chain->program); });
+      });
 }
 
 const Names& names() {
@@ -334,25 +346,82 @@ PyObject* run_chain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// A module's __dict__.
+py::object dict_of(PyObject* module) {
+  auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+  if (!own) {
+    throw python_error();
+  }
+  return own;
+}
+
+// The chain that is all of a FusedSequential, given with its __dict__; none if it has no such, or
+// if a call would do more.
+const Chain* whole_chain(PyObject* network, PyObject* own) {
+  PyObject* whole = PyDict_GetItemWithError(own, names().whole);
+  if (whole == nullptr || !is_plain(names(), own)) {
+    return nullptr;
+  }
+  const Chain* chain = chain_of(whole);
+  const bool same_class = version(reinterpret_cast<PyObject*>(Py_TYPE(network))) == chain->parent;
+  return same_class && chain->parent != 0 ? chain : nullptr;
+}
+
 // (a FusedSequential, input): its whole chain, if it has one and a call would do nothing else.
 PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("call_fused", count, 2);
-  const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(args[0], nullptr));
-  if (!own) {
-    throw python_error();
-  }
-  PyObject* whole = PyDict_GetItemWithError(own.ptr(), names().whole);
+  const py::object own = dict_of(args[0]);
+  const Chain* chain = whole_chain(args[0], own.ptr());
   PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
-  if (whole == nullptr || modules == nullptr || !is_plain(names(), own.ptr())) {
-    return Py_NewRef(Py_NotImplemented);
-  }
-  const Chain* chain = chain_of(whole);
-  if (chain->parent == 0 ||
-      version(reinterpret_cast<PyObject*>(Py_TYPE(args[0]))) != chain->parent) {
+  if (chain == nullptr || modules == nullptr) {
     return Py_NewRef(Py_NotImplemented);
   }
   return run(names(), chain, modules, args[1]);
+  END_HANDLE_TH_ERRORS
+}
+
+mylayers::Criterion criterion_argument(PyObject* value) {
+  TORCH_CHECK_TYPE(
+      PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 4,
+      "forward_backward: criterion must be (kind, reduction, constant, ignored)");
+  const auto item = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(value, i); };
+  const mylayers::Criterion criterion{
+      static_cast<mylayers::Criterion::Kind>(PyLong_AsLong(item(0))), PyLong_AsLong(item(1)),
+      PyFloat_AsDouble(item(2)), PyLong_AsLong(item(3))};
+  if (PyErr_Occurred() != nullptr) {
+    throw python_error();
+  }
+  return criterion;
+}
+
+// (a FusedSequential, a loss's module or None, what the loss is, input, target): the loss, its
+// gradients added to the parameters'; NotImplemented, and nothing done, where a graph is needed.
+PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("forward_backward", count, 5);
+  const py::object own = dict_of(args[0]);
+  const Chain* chain = whole_chain(args[0], own.ptr());
+  PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
+  const bool has_plain_loss = args[1] == Py_None || is_plain(names(), dict_of(args[1]).ptr());
+  if (chain == nullptr || modules == nullptr || !has_plain_loss ||
+      !THPVariable_CheckExact(args[4])) {
+    return Py_NewRef(Py_NotImplemented);
+  }
+  const mylayers::Criterion criterion = criterion_argument(args[2]);
+  const at::Tensor& target = THPVariable_Unpack(args[4]);
+  PyObject* loss =
+      run(names(), chain, modules, args[3],
+          [&](const at::Tensor& x, at::TensorList parameters, bool is_short) {
+            return wrapped(is_short, [&] {
+              return mylayers::forward_backward(x, parameters, chain->program, criterion, target);
+            });
+          });
+  if (loss == Py_None) {
+    Py_DECREF(loss);
+    return Py_NewRef(Py_NotImplemented);
+  }
+  return loss;
   END_HANDLE_TH_ERRORS
 }
 
@@ -365,6 +434,9 @@ PyMethodDef kOperators[] = {
      METH_FASTCALL, "run_chain(chain, modules, input)"},
     {"call_fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_fused)),
      METH_FASTCALL, "call_fused(fused_sequential, input)"},
+    {"forward_backward",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward_backward)), METH_FASTCALL,
+     "forward_backward(fused_sequential, loss_module, loss, input, target)"},
     {nullptr, nullptr, 0, nullptr}};
 
 std::string compiler() {

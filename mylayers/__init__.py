@@ -37,6 +37,7 @@ from mylayers._extension import build_info, cmake_prefix_path
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
 from mylayers.optimization import Report, optimize, restore
 from mylayers.sequential import FusedSequential
+from mylayers.training import forward_backward
 
 __all__ = [
     "CenteredLayer",
@@ -46,6 +47,7 @@ __all__ = [
     "Report",
     "build_info",
     "cmake_prefix_path",
+    "forward_backward",
     "functional",
     "onnx",
     "optimize",

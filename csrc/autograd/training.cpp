@@ -1,0 +1,141 @@
+// Forward, loss, backward and the parameters' gradients in one call. The engine, the graph that it
+// walks and the dispatcher on the way are half of a small network's training step.
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/_log_softmax.h>
+#include <ATen/ops/_log_softmax_backward_data.h>
+#include <ATen/ops/huber_loss.h>
+#include <ATen/ops/huber_loss_backward.h>
+#include <ATen/ops/mse_loss.h>
+#include <ATen/ops/mse_loss_backward.h>
+#include <ATen/ops/nll_loss_backward.h>
+#include <ATen/ops/nll_loss_forward.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/smooth_l1_loss.h>
+#include <ATen/ops/smooth_l1_loss_backward.h>
+#include <c10/util/irange.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+
+#include "../shortcut.h"
+#include "../training.h"
+
+namespace mylayers {
+namespace {
+
+using torch::autograd::variable_list;
+
+// Whether nothing but .grad learns of a gradient of this leaf.
+bool only_accumulates(const at::Tensor& leaf) {
+  namespace impl = torch::autograd::impl;
+  if (!leaf.is_leaf() || !impl::hooks(leaf).empty() || impl::post_acc_grad_hooks(leaf)) {
+    return false;
+  }
+  // DistributedDataParallel's hooks, for one, are the accumulator's own.
+  const auto accumulator = impl::try_get_grad_accumulator(leaf);
+  return !accumulator || (accumulator->pre_hooks().empty() && accumulator->post_hooks().empty());
+}
+
+bool takes(const Criterion& criterion, const at::Tensor& target) {
+  const bool classes = criterion.kind == Criterion::Kind::kCrossEntropy;
+  return !target.requires_grad() && !target.is_inference() &&
+         (classes ? target.is_cpu() && target.layout() == at::kStrided &&
+                        target.scalar_type() == at::kLong
+                  : leads_to_cpu_kernel({&target}));
+}
+
+// What PyTorch's functions do not broadcast, convert or refuse.
+bool fits(const Criterion& criterion, const at::Tensor& output, const at::Tensor& target) {
+  if (criterion.kind == Criterion::Kind::kCrossEntropy) {
+    return output.dim() == 2 && target.dim() == 1 && output.size(0) == target.size(0);
+  }
+  return output.sizes() == target.sizes() && output.scalar_type() == target.scalar_type();
+}
+
+struct Loss {
+  at::Tensor value, grad_output;
+};
+
+Loss compute(const Criterion& criterion, const at::Tensor& output, const at::Tensor& target) {
+  const auto [kind, reduction, constant, ignored] = criterion;
+  const at::Tensor one = at::ones({}, output.options());
+  switch (kind) {
+    case Criterion::Kind::kMse:
+      return {
+          at::mse_loss(output, target, reduction),
+          at::mse_loss_backward(one, output, target, reduction)};
+    case Criterion::Kind::kSmoothL1:
+      return {
+          at::smooth_l1_loss(output, target, reduction, constant),
+          at::smooth_l1_loss_backward(one, output, target, reduction, constant)};
+    case Criterion::Kind::kHuber:
+      return {
+          at::huber_loss(output, target, reduction, constant),
+          at::huber_loss_backward(one, output, target, reduction, constant)};
+    case Criterion::Kind::kCrossEntropy:
+      break;
+  }
+  const at::Tensor logs = at::_log_softmax(output, 1, false);
+  const auto [value, weight] = at::nll_loss_forward(logs, target, {}, reduction, ignored);
+  const at::Tensor grad_logs =
+      at::nll_loss_backward(one, logs, target, {}, reduction, ignored, weight);
+  return {value, at::_log_softmax_backward_data(grad_logs, logs, 1, output.scalar_type())};
+}
+
+}  // namespace
+
+at::Tensor forward_backward(
+    const at::Tensor& input, at::TensorList parameters, const Program& program,
+    const Criterion& criterion, const at::Tensor& target) {
+  if (!at::GradMode::is_enabled() || torch::autograd::AnomalyMode::is_enabled() ||
+      input.requires_grad() || input.is_inference()) {
+    return {};
+  }
+  GradientsAskedFor asked = {false};
+  for (const auto i : c10::irange(parameters.size())) {
+    const at::Tensor& parameter = parameters[i];
+    const auto is_this = [&](const at::Tensor& other) { return other.is_same(parameter); };
+    const bool repeated = std::any_of(parameters.begin(), parameters.begin() + i, is_this);
+    asked.push_back(parameter.requires_grad());
+    if (asked.back() && (repeated || !only_accumulates(parameter))) {
+      return {};
+    }
+  }
+  if (std::none_of(asked.begin(), asked.end(), [](bool wanted) { return wanted; })) {
+    return {};
+  }
+
+  Loss loss;
+  std::vector<at::Tensor> gradients;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    if (!leads_to_cpu_kernel(arguments(input, {parameters})) || !takes(criterion, target)) {
+      return {};
+    }
+    const auto outputs = cpu::sequential_outputs(input, parameters, program);
+    if (!fits(criterion, outputs.back(), target)) {
+      return {};
+    }
+    loss = compute(criterion, outputs.back(), target);
+    variable_list grad_outputs(outputs.size());
+    grad_outputs.back() = std::move(loss.grad_output);
+    gradients = cpu::sequential_backward(
+        grad_outputs, input, outputs, parameters, flattened_sizes(input, outputs, program), program,
+        asked);
+  }
+  const at::NoGradGuard gradients_have_none;
+  for (size_t i = 0, next = 0; i < parameters.size(); ++i) {
+    if (asked[1 + i]) {
+      variable_list gradient;
+      gradient.push_back(std::move(gradients[next++]));
+      (*torch::autograd::impl::grad_accumulator(parameters[i]))(std::move(gradient));
+    }
+  }
+  return loss.value;
+}
+
+}  // namespace mylayers
