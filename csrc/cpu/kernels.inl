@@ -1148,43 +1148,54 @@ INLINE void transposed_columns(
     offsets[l] = (kWhole || l < n ? l : n - 1) * b_col;
   }
   vec<C> sum[kGroups][kRows] = {};
-  const auto add_square = [&](int g, int64_t p, int steps) __attribute__((always_inline)) {
-    const C* first = b + g * L * b_col + p;
-    vec<C> square[L];
-    if (steps == L) {
-      load_transposed<C>(square, [&](int l) { return first + offsets[l]; });
-    } else {
-      UNROLL
-      for (int l = 0; l < L; ++l) {
-        square[l] = load_n(first + offsets[l], steps);
-      }
-      transpose<C>(square);
-    }
-    UNROLL
-    for (int s = 0; s < L; ++s) {
-      if (s < steps) {
-        UNROLL
-        for (int i = 0; i < kRows; ++i) {
-          const C x = load_bits<C>(a + i * a_row + p + s);
-          sum[g][i] = multiply_add<C>(splat(x), square[s], sum[g][i]);
-        }
-      }
-    }
-  };
+  const auto add_square =
+      [&]<int kSteps>(std::integer_sequence<int, kSteps>, int g, int64_t p, int steps)
+          __attribute__((always_inline)) {
+            const C* first = b + g * L * b_col + p;
+            vec<C> square[L];
+            if constexpr (kSteps == L) {
+              load_transposed<C>(square, [&](int l) { return first + offsets[l]; });
+            } else {
+              UNROLL
+              for (int l = 0; l < L; ++l) {
+                square[l] = load_part(first + offsets[l], steps);
+              }
+              transpose<C>(square);
+            }
+            UNROLL
+            for (int s = 0; s < kSteps; ++s) {
+              if (s < steps) {
+                UNROLL
+                for (int i = 0; i < kRows; ++i) {
+                  const C x = load_bits<C>(a + i * a_row + p + s);
+                  sum[g][i] = multiply_add<C>(splat(x), square[s], sum[g][i]);
+                }
+              }
+            }
+          };
+  // How many steps a square has at most: what the compiler is not told, it warns about.
+  constexpr std::integer_sequence<int, L> whole;
+  constexpr std::integer_sequence<int, L - 1> part;
   int64_t p = 0;
   for (; p + kSquares * L <= k; p += kSquares * L) {
     UNROLL
     for (int g = 0; g < kGroups; ++g) {
       UNROLL
       for (int q = 0; q < kSquares; ++q) {
-        add_square(g, p + q * L, L);
+        add_square(whole, g, p + q * L, L);
       }
     }
   }
-  for (; p < k; p += L) {
+  for (; p + L <= k; p += L) {
     UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      add_square(g, p, static_cast<int>(k - p < L ? k - p : L));
+      add_square(whole, g, p, L);
+    }
+  }
+  if (const int rest = static_cast<int>(k % L); rest > 0) {
+    UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      add_square(part, g, p, rest);
     }
   }
   const int lanes = kWhole || n > L ? L : static_cast<int>(n);
