@@ -14,12 +14,22 @@ MODULES = [
     "mylayers.functional",
     "mylayers.layers",
     "mylayers.onnx",
+    "mylayers.optimization",
     "mylayers.reference",
+    "mylayers.sequential",
+    "mylayers.training",
 ]
 PUBLIC = [
     (module.__name__, name)
     for module in map(
-        importlib.import_module, ["mylayers.distributed", "mylayers.functional", "mylayers.layers"]
+        importlib.import_module,
+        [
+            "mylayers.distributed",
+            "mylayers.functional",
+            "mylayers.layers",
+            "mylayers.sequential",
+            "mylayers.training",
+        ],
     )
     for name in module.__all__
 ]
