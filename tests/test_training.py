@@ -369,6 +369,11 @@ def computed_weight(network: nn.Module, x: Tensor, target: Tensor) -> Any:
     return network, F.mse_loss, x, target
 
 
+def gradient_of_another_dtype(network: nn.Module, x: Tensor, target: Tensor) -> Any:
+    network[0].weight.grad_dtype = torch.float64
+    return network, F.mse_loss, x, target
+
+
 def input_that_learns(network: nn.Module, x: Tensor, target: Tensor) -> Any:
     return network, F.mse_loss, x.requires_grad_(), target
 
@@ -429,6 +434,7 @@ def another_loss(network: nn.Module, x: Tensor, target: Tensor) -> Any:
         not_one_chain,
         stock,
         computed_weight,
+        gradient_of_another_dtype,
         input_that_learns,
         target_that_learns,
         target_of_another_dtype,

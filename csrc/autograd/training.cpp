@@ -29,10 +29,11 @@ namespace {
 
 using torch::autograd::variable_list;
 
-// Whether nothing but .grad learns of a gradient of this leaf.
+// Whether nothing but .grad learns of a gradient of this leaf, and takes it as it is.
 bool only_accumulates(const at::Tensor& leaf) {
   namespace impl = torch::autograd::impl;
-  if (!leaf.is_leaf() || !impl::hooks(leaf).empty() || impl::post_acc_grad_hooks(leaf)) {
+  if (!leaf.is_leaf() || leaf.grad_dtype() != leaf.scalar_type() || !impl::hooks(leaf).empty() ||
+      impl::post_acc_grad_hooks(leaf)) {
     return false;
   }
   // DistributedDataParallel's hooks, for one, are the accumulator's own.
