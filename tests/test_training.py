@@ -12,11 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from samples import ACTIVATIONS, KERNEL_DTYPES, LAYOUTS, drawer, num_threads, outcome, same_bits
+from common import Calls
+from samples import (
+    ACTIVATIONS,
+    KERNEL_DTYPES,
+    LAYOUTS,
+    OVERLAPPING,
+    drawer,
+    num_threads,
+    outcome,
+    same_bits,
+)
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 
 from mylayers import CenteredLayer, FusedSequential, MyLinear, forward_backward, optimize
 
@@ -200,12 +211,9 @@ def test_a_frozen_parameter_gets_no_gradient():
     assert_same(network, other)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in OVERLAPPING])
 def test_parameters_and_data_of_any_strides(layout):
-    if layout == "overlapping":
-        pytest.skip("a parameter whose elements share memory takes no gradient in place")
-    network, (x, target) = made(), data()
-    draw = drawer(layout, torch.float32)
+    network, draw = made(), drawer(layout, torch.float32)
     for layer in (network[0], network[2]):
         layer.weight = nn.Parameter(LAYOUTS[layout](draw, tuple(layer.weight.shape)))
     x, target = LAYOUTS[layout](draw, (4, 5)), LAYOUTS[layout](draw, (4, 3))
@@ -215,7 +223,9 @@ def test_parameters_and_data_of_any_strides(layout):
             name: nn.Parameter(p.detach()) for name, p in layer._parameters.items()
         }
     for _ in range(2):
-        loss = forward_backward(network, F.mse_loss, x, target)
+        with graphs() as saved:
+            loss = forward_backward(network, F.mse_loss, x, target)
+        assert bool(saved) == (layout == "negated")  # which the dispatcher resolves
         assert same_bits(loss, three_lines(other, F.mse_loss, x, target))
         assert_same(network, other)
 
@@ -244,20 +254,17 @@ def test_it_trains_to_the_very_same_parameters(make):
 
 
 def test_many_threads_train_networks_of_their_own():
-    x, target = data(rows=64)
-    expected = made()
-    for _ in range(20):
-        three_lines(expected, F.mse_loss, x, target)
+    start, (x, target) = made(), data(rows=64)
 
-    def train(_: int) -> nn.Module:
-        network = twin(expected_before)
+    def trained(step: Callable[..., Tensor]) -> nn.Module:
+        network = twin(start)
         for _ in range(20):
-            forward_backward(network, F.mse_loss, x, target)
+            step(network, F.mse_loss, x, target)
         return network
 
-    expected_before = made()
+    expected = trained(three_lines)
     with ThreadPoolExecutor(4) as pool:
-        for network in pool.map(train, range(16)):
+        for network in pool.map(trained, [forward_backward] * 16):
             assert_same(network, expected)
 
 
@@ -464,7 +471,15 @@ def test_what_needs_a_graph_gets_one(change):
         assert ours is None or same_bits(ours, theirs)
 
 
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        return func(*args, **(kwargs or {}))
+
+
 MODES: dict[str, Callable[[], Any]] = {
+    "dispatch mode": Calls,
+    "function mode": Watching,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "anomaly": torch.autograd.detect_anomaly,
     "profiler": torch.autograd.profiler.profile,
