@@ -652,7 +652,7 @@ SUITES: dict[str, Suite] = {
         STOCK,
     ),
     "networks-training": Suite(
-        "FusedSequential, a step of training: forward_backward with a loss, SGD",
+        "FusedSequential, a step of training: forward, loss, backward (CPU: in one call), SGD",
         NETWORK,
         NETWORK_LEARNING,
         tuple(range(1, MOST_PARAMETERS + 1)),

@@ -9,7 +9,7 @@ namespace mylayers {
 struct Criterion {
   enum class Kind { kMse, kSmoothL1, kHuber, kCrossEntropy };
   Kind kind;
-  int64_t reduction;  // at::Reduction
+  int64_t reduction;  // as PyTorch's functions number them
   double constant;    // beta of smooth_l1, delta of huber
   int64_t ignored;    // class of cross_entropy that is left out
 };

@@ -2,7 +2,6 @@
 // walks and the dispatcher on the way are half of a small network's training step.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Reduction.h>
 #include <ATen/ops/_log_softmax.h>
 #include <ATen/ops/_log_softmax_backward_data.h>
 #include <ATen/ops/huber_loss.h>
