@@ -264,7 +264,8 @@ template <class T>
 bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
   const bool apart =
       a.col == 1 ? a.row * sizeof(T) % kCollision == 0 : spans(kLevel1Bytes, k, a.transposed());
-  return kernels().tuning.copying && m > kTileRows && n >= kCopyingColumns && apart;
+  return kernels().tuning.copying && m > kernels().product<acc_t<T>>().rows &&
+         n >= kCopyingColumns && apart;
 }
 
 // Columns of one task of gemm; their number changes no bit.
@@ -369,16 +370,13 @@ void gemm_serial(
       for (int64_t j = 0; j < n; j += panel) {
         const int64_t cols = std::min(panel, n - j);
         const C* b_in = b_panel.get();
-        int64_t b_row = product.strip, b_strip = depth * product.strip;
         if (pack_b) {
-          storage.pack_strips(depth, cols, b.at(p, j).data, b.row, b.col, b_panel.get());
+          storage.pack_strips(depth, cols, b.at(p, j).data, b.row, b.col, m, b_panel.get());
         } else if constexpr (!kWiden) {
           b_in = b.at(p, j).data;
-          b_row = b.row;
-          b_strip = product.strip;
         }
         product.block(
-            m, cols, depth, a_in.data, a_in.row, a_in.col, j == 0, b_in, b_row, b_strip, sums + j,
+            m, cols, depth, a_in.data, a_in.row, a_in.col, j == 0, b_in, b.row, pack_b, sums + j,
             sums_row, p > 0, finish, add ? add + j : nullptr, act, copies);
       }
     }
@@ -402,6 +400,7 @@ void gemm(
   if (m == 0 || n == 0) {
     return;
   }
+  const int64_t tile = kernels().product<acc_t<T>>().rows;
   const double work = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   const bool alone = work <= kSerialWork || at::in_parallel_region();
   const int64_t threads = alone ? 1 : at::get_num_threads();
@@ -410,7 +409,7 @@ void gemm(
   int64_t row_blocks = ceil_div(m, kRowBlock);
   int64_t col_blocks = ceil_div(n, column_block<T>(m, k, b));
   if (row_blocks * col_blocks % threads != 0) {
-    if (n >= threads * 2 * kPanel || m < threads * 4 * kTileRows) {
+    if (n >= threads * 2 * kPanel || m < threads * 4 * tile) {
       col_blocks = round_up(col_blocks, threads);
     } else {
       row_blocks = round_up(row_blocks, threads);
@@ -419,12 +418,12 @@ void gemm(
   // A sum of few terms is all writing: bands of whole rows, each band one run of memory. Tasks of
   // 512 columns had two threads fault in, and zero, the same pages of 2 MiB: a fresh 4096 x 4096
   // float32 result took 1.3 to 1.4 times as long, on one thread as well.
-  if (std::is_same_v<T, acc_t<T>> && k <= kStreamDepth && m >= threads * kTileRows) {
+  if (std::is_same_v<T, acc_t<T>> && k <= kStreamDepth && m >= threads * tile) {
     col_blocks = 1;
     row_blocks = round_up(ceil_div(m, kRowBlock), threads);
   }
-  // Whole tiles of 6 rows, or calls of brgemm for 16 and more; equal tasks come first.
-  const int64_t whole = std::is_same_v<T, bfloat16_t> ? 16 : kTileRows;
+  // Whole tiles, or calls of brgemm for 16 rows and more; equal tasks come first.
+  const int64_t whole = std::is_same_v<T, bfloat16_t> ? 16 : tile;
   const int64_t multiple = m / row_blocks >= whole ? whole : 1;
   const int64_t rows = round_up(ceil_div(m, row_blocks), multiple);
   const int64_t cols = round_up(ceil_div(n, col_blocks), kPanel);

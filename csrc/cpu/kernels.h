@@ -33,9 +33,7 @@ struct Accumulate<double> {
 template <class T>
 using acc_t = typename Accumulate<T>::type;
 
-// Rows of a register tile.
-constexpr int kTileRows = 6;
-// Columns of the widest tile; packed panels are this wide or less.
+// Packed panels are this wide or less.
 constexpr int64_t kPanel = 64;
 // With so few rows of a, or so few of b, a product waits for memory.
 constexpr int64_t kStreamRows = 4;
@@ -64,17 +62,17 @@ struct Copies {
 // Inner loops over the element type C in which products are formed (float, double).
 template <class C>
 struct ProductKernels {
-  int64_t strip;  // columns of the widest tile
+  int64_t rows, strip;  // rows and columns of the largest tile
   // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), b with unit column
-  // stride, c0 = c if `accumulate` else 0; bias and act only if `finish`. Strip after strip of b
-  // begins `b_strip` after the one before: `strip` in a matrix, strip * k as pack_strips has them.
+  // stride, or `in_strips` as pack_strips makes them for m rows; c0 = c if `accumulate` else 0;
+  // bias and act only if `finish`.
   // Every c[i][j] is one chain of fused multiply-adds over k in rising order, so its
   // bits depend on neither m, n nor how k is cut into calls.
   // `first`: a is read for the first time, maybe from memory; later calls for more columns with the
   // same copies.a read that. The first needs a whole strip of columns to fill it.
   void (*block)(
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, bool first,
-      const C* b, int64_t b_row, int64_t b_strip, C* c, int64_t c_row, bool accumulate, bool finish,
+      const C* b, int64_t b_row, bool in_strips, C* c, int64_t c_row, bool accumulate, bool finish,
       const C* bias, Activation act, Copies<C> copies);
   // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows, an a with unit column stride
   // and a b with unit row stride, to the same bits.
@@ -92,10 +90,10 @@ struct StorageKernels {
   void (*pack)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out,
       int64_t out_row);
-  // out: strips of product<C>().strip columns, one after another, each (rows, strip) = in
-  // (rows, cols) with any strides, zeros in columns beyond.
+  // out: in (rows, cols), with any strides, cut into strips of product<C>().strip columns or less,
+  // as m rows are multiplied best, one after another; zeros in the last one up to a whole vector.
   void (*pack_strips)(
-      int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out);
+      int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, int64_t m, C* out);
   // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
   // k > 0.
   void (*stream)(

@@ -49,9 +49,18 @@ namespace {
 // ---- vectors ------------------------------------------------------------------------
 
 constexpr int kBytes = MYLAYERS_LEVEL == 2 ? 64 : MYLAYERS_LEVEL == 1 ? 32 : 16;
-// Vectors across a register tile of kTileRows rows: 24 of AVX-512's 32 registers hold sums,
-// 12 of AVX2's 16, leaving room for one row of b and the broadcast element of a.
-constexpr int kTileVectors = MYLAYERS_LEVEL == 2 ? 4 : 2;
+// Vectors across a whole register tile, and rows of one of so many vectors: 24 of AVX-512's 32
+// registers hold sums, 12 of the 16 of others, leaving room for one row of b and the broadcast
+// element of a. With AVX2 a step of 4 rows and 3 vectors takes 7 loads where 6 and 2 take 8: on
+// Zen 3 1024 x 1024 x 1024 takes 0.93 to 0.97 of the time, 64 x 1024 x 1024 0.76 to 0.87.
+// Without multiply-adds a 16th register holds the product. Of one vector twice as many rows: six
+// sums would wait for their last multiply-adds.
+constexpr int kTileVectors = MYLAYERS_LEVEL == 2 ? 4 : MYLAYERS_LEVEL == 1 ? 3 : 2;
+constexpr int tile_rows(int vectors) {
+  return vectors == 1 ? 12 : vectors == 3 ? (MYLAYERS_LEVEL == 2 ? 8 : 4) : 6;
+}
+constexpr int kTileRows = tile_rows(kTileVectors);
+constexpr int kLeastCopied = 2;  // vectors of a strip of b that tiles copy
 // stream_many holds kManySteps rows of kManyVectors vectors of b in registers, and beside them the
 // sums of kManyTogether rows of a. With 16 registers, eight rows of one vector took 1.2 to 1.35
 // times as long at 16 to 64 rows of 4096 x 4096: each of their multiply-adds needs a broadcast.
@@ -64,7 +73,7 @@ constexpr int kUnroll = MYLAYERS_LEVEL == 2 ? 1 : 4;
 // Measured on Zen 5 (AVX-512), and on Zen 3 at the two other levels. Level 2 of Zen 3, of 512 KiB
 // in 8 ways, holds 128 rows that lie 4 KiB apart: without copies 1024 x 1024 x 1024 took 1.5 times
 // as long in float32, its weight gradient 1.7 times, 256 x 256 x 256 1.15 times.
-constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 128, 0, 0} : Tuning{64, 32, 16, 32};
+constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 128, 0, 0} : Tuning{48, 32, 16, 32};
 constexpr bool kCopies = kTuning.copying > 0;
 
 template <class C>
@@ -276,6 +285,17 @@ INLINE vec<float> load_part(const float* p, int n) {
 template <>
 INLINE void store_part(float* p, vec<float> v, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+}
+INLINE __m256i first_doubles(int n) {
+  return _mm256_cvtepi32_epi64(_mm256_castsi256_si128(first_lanes(n)));
+}
+template <>
+INLINE vec<double> load_part(const double* p, int n) {
+  return (vec<double>)_mm256_maskload_pd(p, first_doubles(n));
+}
+template <>
+INLINE void store_part(double* p, vec<double> v, int n) {
+  _mm256_maskstore_pd(p, first_doubles(n), (__m256d)v);
 }
 #endif
 
@@ -496,11 +516,23 @@ void activate(int64_t m, int64_t n, C* c, int64_t c_row, Activation act) {
 
 // ---- products -----------------------------------------------------------------------
 
+constexpr int64_t kLine = 64;  // bytes that memory and caches move at once
+
 // To level-1 cache. p + ahead may lie beyond the memory at hand.
 template <class T>
 INLINE void prefetch(const T* p, int64_t ahead) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + sizeof(T) * ahead));
+}
+
+// kVectors vectors, which may lie on two lines: 1024 x 256 x 256 took 1.1 times as long with the
+// first alone.
+template <int kVectors, class C>
+INLINE void prefetch_row(const C* p, int64_t ahead) {
+  prefetch(p, ahead);
+  if constexpr (kVectors * kBytes > kLine) {
+    prefetch(p, ahead + kVectors * kLanes<C> - 1);
+  }
 }
 
 // Rows of b that a tile which copies them asks for ahead of its step; 8 to 32 do alike.
@@ -523,7 +555,6 @@ class RowsBelow {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   uintptr_t at_;
   int64_t row_bytes_;
   int row_ = 0;
@@ -556,7 +587,7 @@ void tile(
   if (ask_c) {
     UNROLL
     for (int i = 0; i < kRows; ++i) {
-      prefetch(c, (kRows + i) * c_row);
+      prefetch_row<kVectors>(c, (kRows + i) * c_row);
     }
   }
   _Pragma("GCC unroll kUnroll") for (int64_t p = 0; p < k; ++p) {
@@ -572,7 +603,7 @@ void tile(
       }
     }
     if constexpr ((kCopying & kB) != 0) {
-      prefetch(b, kAhead * b_row);
+      prefetch_row<kVectors>(b, kAhead * b_row);
       copies.b += kVectors * L;
     }
     UNROLL
@@ -621,12 +652,6 @@ using Tile = void (*)(
     int64_t, const C*, int64_t, int64_t, bool, const C*, int64_t, C*, int64_t, bool, int, bool,
     bool, const C*, Activation, Copies<C>);
 
-// Of one vector twice as many rows: six sums would wait for their last multiply-adds. Of three as
-// many sums as of four.
-constexpr int tile_rows(int vectors) {
-  return vectors == 1 ? 2 * kTileRows : vectors == 3 ? 8 : kTileRows;
-}
-
 template <
     class C, int kVectors, bool kTail, Copying kCopying = kNothing,
     class = std::make_integer_sequence<int, tile_rows(kVectors)>>
@@ -643,9 +668,11 @@ const Tile<C>* tiles(int vectors, bool tail) {
       return tail ? Tiles<C, 1, true>::kByRows : Tiles<C, 1, false>::kByRows;
     case 2:
       return tail ? Tiles<C, 2, true>::kByRows : Tiles<C, 2, false>::kByRows;
-#if MYLAYERS_LEVEL == 2
+#if MYLAYERS_LEVEL > 0
     case 3:
       return tail ? Tiles<C, 3, true>::kByRows : Tiles<C, 3, false>::kByRows;
+#endif
+#if MYLAYERS_LEVEL == 2
     case 4:
       return tail ? Tiles<C, 4, true>::kByRows : Tiles<C, 4, false>::kByRows;
 #endif
@@ -653,13 +680,17 @@ const Tile<C>* tiles(int vectors, bool tail) {
   __builtin_unreachable();
 }
 
-// Those of a whole strip that copy.
+// Those of whole vectors that copy.
 template <class C>
-const Tile<C>* copying_tiles(bool a, bool b) {
+const Tile<C>* copying_tiles(int vectors, bool a, bool b) {
   if constexpr (kCopies) {
-    return !b  ? Tiles<C, kTileVectors, false, kA>::kByRows
-           : a ? Tiles<C, kTileVectors, false, kBoth>::kByRows
-               : Tiles<C, kTileVectors, false, kB>::kByRows;
+    const auto of = [&]<int kVectors>(std::integral_constant<int, kVectors>) {
+      return !b  ? Tiles<C, kVectors, false, kA>::kByRows
+             : a ? Tiles<C, kVectors, false, kBoth>::kByRows
+                 : Tiles<C, kVectors, false, kB>::kByRows;
+    };
+    return vectors == kTileVectors ? of(std::integral_constant<int, kTileVectors>{})
+                                   : of(std::integral_constant<int, kLeastCopied>{});
   }
   __builtin_unreachable();
 }
@@ -888,36 +919,49 @@ constexpr int64_t next_height(int64_t left, int64_t most) {
   return (left + tiles - 1) / tiles;
 }
 
+// Vectors of most strips. Where sums of few terms are stored often, strips are to be of whole
+// lines: 256 x 32 x 256 took 1.2 times as long in three vectors of AVX2 as in two.
+INLINE int usual_vectors(int64_t k) { return kTileVectors == 3 && k <= 32 ? 2 : kTileVectors; }
+
+// Columns of the next strip of `left` columns of k rows that m rows multiply. 7 or 8 rows make one
+// tile of three vectors, and b is read once: 8 x 256 x 256 took 1.06 times as long in two of four,
+// 7 x 1024 x 1024 1.45. Four vectors are two and two where three are the most, since a tile of one
+// needs a load for each multiply-add.
+template <class C>
+INLINE int64_t next_width(int64_t left, int64_t m, int64_t k) {
+  constexpr int64_t L = kLanes<C>;
+  const bool one_tile = kTileVectors > 3 && m > kTileRows && m <= tile_rows(3);
+  const int64_t vectors = kTileVectors == 3 && (left + L - 1) / L == 4 ? 2
+                          : one_tile                                   ? 3
+                                                                       : usual_vectors(k);
+  return left < vectors * L ? left : vectors * L;
+}
+
 template <class C>
 void block(
     int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, bool first,
-    const C* b, int64_t b_row, int64_t b_strip, C* c, int64_t c_row, bool accumulate, bool finish,
+    const C* b, int64_t b_row, bool in_strips, C* c, int64_t c_row, bool accumulate, bool finish,
     const C* bias, Activation act, Copies<C> copies) {
   constexpr int L = kLanes<C>;
-  constexpr int64_t kStrip = kTileVectors * L;
-  // 7 or 8 rows make one tile of three vectors, and b is read once: 8 x 256 x 256 took 1.06 times
-  // as long in two of four, 7 x 1024 x 1024 1.45.
-  const bool one_tile = m > kTileRows && m <= tile_rows(3);
-  const int64_t width = one_tile && kTileVectors > 3 ? 3 * L : kStrip;
   const bool activates_after = finish && !fits_in_tile(act);
   for (int64_t j = 0, cols = 0; j < n; j += cols) {
-    const int64_t in_strip = j % kStrip, end = b_strip == kStrip ? n : j - in_strip + kStrip;
-    cols = (end < n ? end : n) - j;
-    cols = cols < width ? cols : width;
+    cols = next_width<C>(n - j, m, k);
     const int tail = static_cast<int>(cols % L);
     const int vectors = static_cast<int>((cols + L - 1) / L);
     // The copy of a is one of tiles of the usual height.
-    const int most = copies.a ? kTileRows : tile_rows(vectors);
+    const int most = tile_rows(copies.a ? usual_vectors(k) : vectors);
     const Tile<C>* usual = tiles<C>(vectors, tail != 0);
-    const bool reads_a = first && j == 0, copies_b = copies.b && cols == kStrip && m > most;
-    const C* strip = b + j / kStrip * b_strip + in_strip;
-    int64_t strip_row = b_row, rows = 0;
+    const bool reads_a = first && j == 0;
+    const bool copies_b = copies.b && tail == 0 && vectors >= kLeastCopied && m > most;
+    const C* strip = b + (in_strips ? j * k : j);
+    int64_t strip_row = in_strips ? vectors * L : b_row, rows = 0;
     for (int64_t i = 0; i < m; i += rows) {
       rows = next_height(m - i, most);
       const bool below = i + rows < m;
       C* kept = copies.a ? copies.a + i * k : nullptr;
       const bool fills_a = kept && reads_a, fills_b = copies_b && i == 0;
-      const Tile<C>* by_rows = fills_a || fills_b ? copying_tiles<C>(fills_a, fills_b) : usual;
+      const Tile<C>* by_rows =
+          fills_a || fills_b ? copying_tiles<C>(vectors, fills_a, fills_b) : usual;
       const bool from_kept = kept && !reads_a;
       by_rows[rows - 1](
           k, from_kept ? kept : a + i * a_row, from_kept ? 1 : a_row, from_kept ? rows : a_col,
@@ -929,7 +973,7 @@ void block(
       }
       if (fills_b) {
         strip = copies.b;
-        strip_row = kStrip;
+        strip_row = cols;
       }
     }
   }
@@ -1110,23 +1154,38 @@ void pack(
 
 template <class T>
 void pack_strips(
-    int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, acc_t<T>* out) {
+    int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, int64_t m,
+    acc_t<T>* out) {
   using C = acc_t<T>;
   constexpr int L = kLanes<C>;
-  constexpr int64_t kStrip = kTileVectors * L;
-  const int64_t whole = in_col == 1 ? cols / kStrip * kStrip : 0;
-  for (int64_t i = 0; i < rows; ++i) {  // all strips at once: memory is read in longer runs
-    for (int64_t j = 0; j < whole; j += kStrip) {
-      UNROLL
-      for (int v = 0; v < kTileVectors; ++v) {
-        store(out + j * rows + i * kStrip + v * L, load(in + i * in_row + j + v * L));
-      }
-    }
+  const int64_t strip = next_width<C>(cols, m, rows);
+  int64_t whole = 0;
+  while (in_col == 1 && strip % L == 0 && next_width<C>(cols - whole, m, rows) == strip) {
+    whole += strip;
   }
-  for (int64_t j = whole; j < cols; j += kStrip) {
+  // All whole strips at once: memory is read in longer runs.
+  const auto pack_whole =
+      [&]<int kVectors>(std::integral_constant<int, kVectors>) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < whole; j += kVectors * L) {
+            UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+              store(out + j * rows + i * kVectors * L + v * L, load(in + i * in_row + j + v * L));
+            }
+          }
+        }
+      };
+  if (strip == kTileVectors * L) {
+    pack_whole(std::integral_constant<int, kTileVectors>{});
+  } else if (strip == (kTileVectors - 1) * L) {
+    pack_whole(std::integral_constant<int, kTileVectors - 1>{});
+  } else {
+    whole = 0;
+  }
+  for (int64_t j = whole, width = 0; j < cols; j += width) {
+    width = next_width<C>(cols - j, m, rows);
     pack<T, C>(
-        rows, cols - j < kStrip ? cols - j : kStrip, in + j * in_col, in_row, in_col,
-        out + j * rows, kStrip);
+        rows, width, in + j * in_col, in_row, in_col, out + j * rows, (width + L - 1) / L * L);
   }
 }
 
@@ -1923,8 +1982,8 @@ constexpr StorageKernels<T> kStorage = {
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
     kTuning,
-    {kTileVectors * kLanes<float>, block<float>, transposed<float>},
-    {kTileVectors * kLanes<double>, block<double>, transposed<double>},
+    {kTileRows, kTileVectors * kLanes<float>, block<float>, transposed<float>},
+    {kTileRows, kTileVectors * kLanes<double>, block<double>, transposed<double>},
     kStorage<float>,
     kStorage<double>,
     kStorage<half_t>,
