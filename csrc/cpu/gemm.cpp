@@ -63,7 +63,6 @@ constexpr int64_t kSums = 1 << 16;
 // tiles touched 256 bytes of a row at a time. From a cache float32 is read as fast by tiles, whose
 // sums stay in registers; kernels().tuning says up to how many rows streaming pays.
 constexpr int64_t kFarBytes = 16 << 20;
-constexpr int64_t kManyColumns = 2048;
 // One that spans so much leaves level-2 cache, or level 1.
 constexpr int64_t kNearBytes = 1 << 20;
 constexpr int64_t kLevel1Bytes = 1 << 15;
@@ -75,8 +74,8 @@ constexpr int64_t kCopyingColumns = 128;
 // with packed pairs, 32 no longer.
 constexpr int64_t kManyPairRows = 16;
 // Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB. Up to
-// kShallowRows rows of a go twice as deep, to load and store their sums half as often: 1.02 to 1.04
-// times as fast.
+// kShallowRows rows of a, and tiles that copy b, go twice as deep, to load and store their sums
+// half as often: 1.02 to 1.04 times as fast.
 constexpr int64_t kDepthBlock = 256;
 constexpr int64_t kShallowRows = 32;
 // Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
@@ -280,7 +279,7 @@ int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
   }
 #endif
   return streams                 ? kStreamSums / m
-         : streams_many(m, k, b) ? std::clamp(kSums / m, kColumnBlock, kManyColumns)
+         : streams_many(m, k, b) ? std::clamp(kSums / m, kColumnBlock, kernels().tuning.columns)
                                  : kColumnBlock;
 }
 
@@ -328,7 +327,7 @@ void gemm_serial(
   const bool in_scratch = kNarrow || many;
 
   // Passes of equal depth: a short last one would load and store every sum for little.
-  const int64_t deepest = m <= kShallowRows && !many ? 2 * kDepthBlock : kDepthBlock;
+  const int64_t deepest = keep_b || (m <= kShallowRows && !many) ? 2 * kDepthBlock : kDepthBlock;
   const int64_t passes = std::max<int64_t>(1, (k + deepest / 2) / deepest);
   const int64_t widest = ceil_div(k, passes);
 

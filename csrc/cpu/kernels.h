@@ -173,6 +173,8 @@ struct Tuning {
   // stream_many up to so many, tiles for more: of a b that is likely to come from memory; of 16
   // bits, from a cache; of more bits, from beyond level-2 cache.
   int64_t far, narrow, near;
+  // Columns of one task of it, at most.
+  int64_t columns;
   // Tiles copy a strip of a b from beyond level-1 cache that so many share, or fewer from beyond
   // level 2. 0: they copy nothing.
   int64_t copying;
