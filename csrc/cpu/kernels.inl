@@ -921,21 +921,22 @@ constexpr int64_t next_height(int64_t left, int64_t most) {
   return (left + tiles - 1) / tiles;
 }
 
-// Vectors of most strips. Where sums of few terms are stored often, strips are to be of whole
-// lines: 256 x 32 x 256 took 1.2 times as long in three vectors of AVX2 as in two.
-INLINE int usual_vectors(int64_t k) { return kTileVectors == 3 && k <= 32 ? 2 : kTileVectors; }
+// Vectors of most strips of k rows that m rows multiply. As many rows as one tile of a vector less
+// can take read b once: 8 x 256 x 256 took 1.06 times as long in two of AVX-512's usual tiles, 7 x
+// 1024 x 1024 1.45. Where sums of few terms are stored often, strips are to be of whole lines:
+// 256 x 32 x 256 took 1.2 times as long in three vectors of AVX2 as in two.
+INLINE int usual_vectors(int64_t m, int64_t k) {
+  const bool one_tile = kTileVectors > 2 && m > kTileRows && m <= tile_rows(kTileVectors - 1);
+  const bool short_sums = kTileVectors == 3 && k <= 32;
+  return one_tile || short_sums ? kTileVectors - 1 : kTileVectors;
+}
 
-// Columns of the next strip of `left` columns of k rows that m rows multiply. 7 or 8 rows make one
-// tile of three vectors, and b is read once: 8 x 256 x 256 took 1.06 times as long in two of four,
-// 7 x 1024 x 1024 1.45. Four vectors are two and two where three are the most, since a tile of one
-// needs a load for each multiply-add.
+// Columns of the next strip of `left` columns. Four vectors are two and two where three are the
+// most, since a tile of one needs a load for each multiply-add.
 template <class C>
 INLINE int64_t next_width(int64_t left, int64_t m, int64_t k) {
   constexpr int64_t L = kLanes<C>;
-  const bool one_tile = kTileVectors > 3 && m > kTileRows && m <= tile_rows(3);
-  const int64_t vectors = kTileVectors == 3 && (left + L - 1) / L == 4 ? 2
-                          : one_tile                                   ? 3
-                                                                       : usual_vectors(k);
+  const int64_t vectors = kTileVectors == 3 && (left + L - 1) / L == 4 ? 2 : usual_vectors(m, k);
   return left < vectors * L ? left : vectors * L;
 }
 
@@ -951,7 +952,7 @@ void block(
     const int tail = static_cast<int>(cols % L);
     const int vectors = static_cast<int>((cols + L - 1) / L);
     // The copy of a is one of tiles of the usual height.
-    const int most = tile_rows(copies.a ? usual_vectors(k) : vectors);
+    const int most = tile_rows(copies.a ? usual_vectors(m, k) : vectors);
     const Tile<C>* usual = tiles<C>(vectors, tail != 0);
     const bool reads_a = first && j == 0;
     const bool copies_b = copies.b && tail == 0 && vectors >= kLeastCopied && m > most;
@@ -1160,30 +1161,32 @@ void pack_strips(
     acc_t<T>* out) {
   using C = acc_t<T>;
   constexpr int L = kLanes<C>;
-  const int64_t strip = next_width<C>(cols, m, rows);
-  int64_t whole = 0;
-  while (in_col == 1 && strip % L == 0 && next_width<C>(cols - whole, m, rows) == strip) {
-    whole += strip;
-  }
-  // All whole strips at once: memory is read in longer runs.
-  const auto pack_whole =
+  const auto pack_all =
       [&]<int kVectors>(std::integral_constant<int, kVectors>) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < whole; j += kVectors * L) {
+        constexpr int64_t kStrip = kVectors * L;
+        int64_t whole = 0;
+        while (next_width<C>(cols - whole, m, rows) == kStrip) {
+          whole += kStrip;
+        }
+        if (in_col != 1) {
+          for (int64_t j = 0; j < whole; j += kStrip) {
+            pack<T, C>(rows, kStrip, in + j * in_col, in_row, in_col, out + j * rows, kStrip);
+          }
+          return whole;
+        }
+        for (int64_t i = 0; i < rows; ++i) {  // all at once: memory is read in longer runs
+          for (int64_t j = 0; j < whole; j += kStrip) {
             UNROLL
             for (int v = 0; v < kVectors; ++v) {
-              store(out + j * rows + i * kVectors * L + v * L, load(in + i * in_row + j + v * L));
+              store(out + j * rows + i * kStrip + v * L, load(in + i * in_row + j + v * L));
             }
           }
         }
+        return whole;
       };
-  if (strip == kTileVectors * L) {
-    pack_whole(std::integral_constant<int, kTileVectors>{});
-  } else if (strip == (kTileVectors - 1) * L) {
-    pack_whole(std::integral_constant<int, kTileVectors - 1>{});
-  } else {
-    whole = 0;
-  }
+  const int64_t whole = usual_vectors(m, rows) == kTileVectors
+                            ? pack_all(std::integral_constant<int, kTileVectors>{})
+                            : pack_all(std::integral_constant<int, kTileVectors - 1>{});
   for (int64_t j = whole, width = 0; j < cols; j += width) {
     width = next_width<C>(cols - j, m, rows);
     pack<T, C>(
