@@ -52,7 +52,7 @@ constexpr int kBytes = MYLAYERS_LEVEL == 2 ? 64 : MYLAYERS_LEVEL == 1 ? 32 : 16;
 // Vectors across a whole register tile, and rows of one of so many vectors: 24 of AVX-512's 32
 // registers hold sums, 12 of the 16 of others, leaving room for one row of b and the broadcast
 // element of a. With AVX2 a step of 4 rows and 3 vectors takes 7 loads where 6 and 2 take 8: on
-// Zen 3 1024 x 1024 x 1024 takes 0.93 to 0.97 of the time, 64 x 1024 x 1024 0.76 to 0.87.
+// Zen 3 1024 x 1024 x 1024 took 0.93 to 0.98 of the time, 64 x 1024 x 1024 0.76 to 1.01.
 // Without multiply-adds a 16th register holds the product. Of one vector twice as many rows: six
 // sums would wait for their last multiply-adds.
 constexpr int kTileVectors = MYLAYERS_LEVEL == 2 ? 4 : MYLAYERS_LEVEL == 1 ? 3 : 2;
