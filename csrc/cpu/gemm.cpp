@@ -359,8 +359,8 @@ void gemm_serial(
     }
     if (streams) {
       storage.stream(
-          m, n, depth, a_in.data, a_in.row, a_in.col, b.at(p, 0).data, b.row, sums, sums_row, p > 0,
-          finish, add, act);
+          m, n, depth, a_in.data, a_in.row, a_in.col, b.at(p, 0).data, b.row,
+          spans(kFarBytes, k, b), sums, sums_row, p > 0, finish, add, act);
     } else if (many) {
       storage.stream_many(
           m, n, depth, a_in.data, a_in.row, b.at(p, 0).data, b.row, sums, sums_row, p > 0);

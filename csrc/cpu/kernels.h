@@ -95,10 +95,10 @@ struct StorageKernels {
   void (*pack_strips)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, int64_t m, C* out);
   // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
-  // k > 0.
+  // k > 0. `far`: b is likely to come from memory.
   void (*stream)(
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
-      int64_t b_row, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
+      int64_t b_row, bool far, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
       Activation act);
   // sums (m, n) = c0 + a (m, k) @ b (k, n) to the same bits, for more rows, b as it lies in memory;
   // a and b with unit column stride, c0 = sums if `accumulate` else 0.
