@@ -52,6 +52,10 @@ namespace {
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kColumnBlock = 512;
 constexpr int64_t kUnitColumns = 256;
+// Tasks of our own bfloat16 tiles are higher, as each packs its share of the weight: 1024 x 1024 x
+// 1024 took 1.02 to 1.07 times as long in 256 rows, 1024 x 256 x 256 1.02 to 1.05. In float16
+// their sums, which lie in scratch, no longer fit a cache (1024 x 256 x 256: 2.3 times).
+constexpr int64_t kPairRowBlock = 1024;
 // A task that streams has this many sums, 32 KiB of float32: it reads runs as long as level-1 cache
 // allows. One row of 4096 x 4096, on one thread: 2.4 ms in runs of 2 KiB, 2.1 in whole rows; 4 rows
 // of 1024 x 1024: 90 and 61 us.
@@ -267,7 +271,17 @@ bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
          n >= kCopyingColumns && apart;
 }
 
-// Columns of one task of gemm; their number changes no bit.
+// Rows and columns of one task of gemm, at most; their numbers change no bit.
+template <class T>
+int64_t row_block() {
+#if MYLAYERS_BRGEMM
+  if (std::is_same_v<T, bfloat16_t> && has_bf16_units() && has_pair_tiles()) {
+    return kPairRowBlock;
+  }
+#endif
+  return kRowBlock;
+}
+
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
   const bool streams = m <= kStreamRows && k > kStreamDepth && b.col == 1;
@@ -405,7 +419,7 @@ void gemm(
   const int64_t threads = alone ? 1 : at::get_num_threads();
   // As many tasks as keep every thread busy to the end. Columns are split before rows, because
   // tasks that share columns of b each pack them. Bits do not depend on this choice.
-  int64_t row_blocks = ceil_div(m, kRowBlock);
+  int64_t row_blocks = ceil_div(m, row_block<T>());
   int64_t col_blocks = ceil_div(n, column_block<T>(m, k, b));
   if (row_blocks * col_blocks % threads != 0) {
     if (n >= threads * 2 * kPanel || m < threads * 4 * tile) {
