@@ -338,9 +338,20 @@ def test_a_weight_has_the_same_bits_however_far_its_rows_lie_apart(threads, acti
     x, weight, bias = draw(MOST_ROWS, 601), draw(601, 1077), draw(1077)
     far = torch.zeros(601, 16_384, dtype=dtype)[:, :1077].copy_(weight)
     with num_threads(threads):
-        for rows in (1, 4, 5, 16, 17, 63, 128, 129):
+        for rows in (1, 2, 4, 5, 16, 17, 63, 128, 129):
             expected = functional.linear_act(x[:rows], weight, bias, activation)
             assert same_bits(functional.linear_act(x[:rows], far, bias, activation), expected), rows
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_in_a_batch_of_several_tasks(threads, dtype):
+    draw = samples.drawer("tasks", dtype)
+    x, weight, bias = draw(2500, 300), draw(300, 70), draw(70)
+    with num_threads(threads):
+        whole = functional.linear_act(x, weight, bias)
+        for rows in (slice(1), slice(1000, 1130), slice(1023, 2049), slice(2499, 2500)):
+            assert same_bits(functional.linear_act(x[rows], weight, bias), whole[rows]), rows
 
 
 # Rows of the batch, in_units, units: one sum, 2, 3 and 65 pieces; a large result, whose sums
