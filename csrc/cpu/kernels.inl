@@ -790,7 +790,7 @@ void stream_pass(
     return;
   }
   // One vector at a time: by four the prefetcher lost track of b, and 1 x 4096 x 4096 took 1.06 to
-  // 1.22 of the time; 256 x 8 x 1024, all of whose time is here, took 1.06.
+  // 1.22 of the time, 256 x 8 x 1024, which has no other pass, 1.06.
   const auto pass = [&]<bool kPlain>(std::bool_constant<kPlain>) __attribute__((always_inline)) {
     for_vectors<C, 1>(
         n, BODY {
@@ -841,9 +841,10 @@ StreamPass<T> stream_pass_of(int64_t steps) {
 // c meanwhile. The prefetcher follows four rows of b best, eight of float16; more sums, or a
 // product that is over after kStreamDepth rows, rather touch c less often. From memory six: every
 // store of a sum waits for the lines of b that it adds, and a core waits with so many stores only.
-// 1 x 4096 x 4096 by four took 1.03 to 1.18 of the time, 2 x 4096 x 4096 1.15 to 1.2; from a cache
-// 2 x 1024 x 1024 by six took 1.03. Of an outer product, or two, long rows are written one after
-// another: four at a time took 1.1 to 1.45 of the time from 256 columns on, and half of it at 64.
+// 1 x 4096 x 4096 by four took 1.03 to 1.18 of the time, 2 x 4096 x 4096 1.15 to 1.2; from a cache,
+// on one thread, 2 x 1024 x 1024 by six took 1.03. Of an outer product, or two, long rows are
+// written one after another: four at a time took 1.1 to 1.45 of the time from 256 columns on, and
+// half of it at 64.
 template <class T, class C = acc_t<T>>
 void stream(
     int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
