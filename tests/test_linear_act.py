@@ -315,6 +315,28 @@ def test_a_row_has_the_same_bits_whatever_the_layout_and_rank_of_its_batch(activ
             assert same_bits(linear_act(*args), expected), (layout, which)
 
 
+# A processor's conversion to a 16-bit type may flush what another way to write the row keeps.
+@every_dtype
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_subnormal_and_nan_results_have_the_same_bits_in_every_batch(activation, dtype):
+    draw, info = samples.drawer("subnormal", dtype), torch.finfo(dtype)
+    scale = info.tiny**0.5
+    x, weight = draw(MOST_ROWS, 64) * scale, draw(64, 70) * scale
+    bias = draw(70) * info.tiny
+    bias[33], bias[69] = torch.nan, torch.full((), -torch.nan, dtype=dtype)
+    x[5, 7], x[60, 0] = torch.nan, torch.inf
+    one_by_one = torch.cat(
+        [functional.linear_act(row, weight, bias, activation) for row in x.split(1)]
+    )
+    size = one_by_one.abs()
+    assert ((size > 0) & (size < info.tiny)).any()
+    expected = reference.linear_act(x, weight, bias, activation)
+    assert torch.equal(one_by_one.isnan(), expected.isnan())
+    for rows in (2, 5, 6, 7, 33, MOST_ROWS):
+        output = functional.linear_act(x[:rows], weight, bias, activation)
+        assert same_bits(output, one_by_one[:rows]), rows
+
+
 # One row and a few stream, more do in some dtypes; a sum of 1101 terms is cut once or often, by the
 # columns.
 @every_dtype

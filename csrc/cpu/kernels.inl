@@ -1432,6 +1432,20 @@ void pack_pairs(
 #if MYLAYERS_LEVEL == 2
 MYLAYERS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
 
+// bfloat16_bits of two vectors, by the processor's own conversion where it agrees: it takes
+// subnormal numbers for zero and keeps the sign and payload of a NaN.
+INLINE __m512i two_rounded(__m512 first, __m512 second) {
+  constexpr int kNaNOrSubnormal = 0x01 | 0x20 | 0x80;  // quiet NaN, subnormal, signalling NaN
+  const __mmask16 other = _mm512_fpclass_ps_mask(first, kNaNOrSubnormal) |
+                          _mm512_fpclass_ps_mask(second, kNaNOrSubnormal);
+  if (__builtin_expect(other != 0, false)) {
+    return _mm512_inserti64x4(
+        _mm512_castsi256_si512((__m256i)bfloat16_bits((vec<float>)first)),
+        (__m256i)bfloat16_bits((vec<float>)second), 1);
+  }
+  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
 // As tile, of pairs: a panel of b as pack_pairs makes it, sums in rows of kPanel. The last call of
 // a sum that writes out rounds it to bfloat16.
 template <int kRows, int kVectors>
@@ -1469,19 +1483,34 @@ void pair_tile(
     a += 2;
     b += 2 * kPanel;
   }
+  if (!out) {
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        _mm512_storeu_ps(sums + i * kPanel + v * L, sum[i][v]);
+      }
+    }
+    return;
+  }
   UNROLL
   for (int v = 0; v < kVectors; ++v) {
     const int n = static_cast<int>(cols - v * L < L ? cols - v * L : L);
-    const vec<float> add = out && bias ? load_n(bias + v * L, n) : vec<float>{};
+    const vec<float> add = bias ? load_n(bias + v * L, n) : vec<float>{};
     UNROLL
     for (int i = 0; i < kRows; ++i) {
-      if (out) {
-        const vec<float> total = (vec<float>)sum[i][v];
-        store_n(
-            out + i * out_row + v * L, activate_in_tile<float>(bias ? total + add : total, act), n);
-      } else {
-        _mm512_storeu_ps(sums + i * kPanel + v * L, sum[i][v]);
-      }
+      const vec<float> total = (vec<float>)sum[i][v];
+      sum[i][v] = (__m512)activate_in_tile<float>(bias ? total + add : total, act);
+    }
+  }
+  UNROLL
+  for (int v = 0; v < kVectors; v += 2) {
+    const int64_t left = cols - v * L;
+    const uint32_t lanes = left < 2 * L ? (1u << left) - 1 : ~0u;
+    UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m512 second = v + 1 < kVectors ? sum[i][v + 1] : _mm512_setzero_ps();
+      _mm512_mask_storeu_epi16(out + i * out_row + v * L, lanes, two_rounded(sum[i][v], second));
     }
   }
 }
