@@ -111,18 +111,32 @@ bool spans(int64_t bytes, int64_t k, const Matrix<T>& b) {
   return k * b.row * static_cast<int64_t>(sizeof(T)) >= bytes;
 }
 
-#if MYLAYERS_BRGEMM
 // AMX multiplies through brgemm. AVX512-BF16 alone does so in tiles of our own: they need no
 // kernel per shape, no call per panel, and no sums in memory unless the depth is cut.
 bool has_pair_tiles() {
+#if MYLAYERS_BRGEMM
   static const bool chosen = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
     return kernels().bf16_pairs.block != nullptr && !amx;
   }();
   return chosen;
+#else
+  return false;
+#endif
 }
 
+// What multiplies T, if the processor's 16-bit matrix units do.
+template <class T>
+bool uses_pair_tiles() {
+  return std::is_same_v<T, bfloat16_t> && has_bf16_units() && has_pair_tiles();
+}
+template <class T>
+bool uses_brgemm() {
+  return std::is_same_v<T, bfloat16_t> && has_bf16_units() && !has_pair_tiles();
+}
+
+#if MYLAYERS_BRGEMM
 // a @ b for one panel of b's pairs, in calls that brgemm has kernels for.
 void unit_block(
     int64_t m, int64_t cols, int64_t depth, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
@@ -274,25 +288,15 @@ bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
 // Rows and columns of one task of gemm, at most; their numbers change no bit.
 template <class T>
 int64_t row_block() {
-#if MYLAYERS_BRGEMM
-  if (std::is_same_v<T, bfloat16_t> && has_bf16_units() && has_pair_tiles()) {
-    return kPairRowBlock;
-  }
-#endif
-  return kRowBlock;
+  return uses_pair_tiles<T>() ? kPairRowBlock : kRowBlock;
 }
 
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
   const bool streams = m <= kStreamRows && k > kStreamDepth && b.col == 1;
-#if MYLAYERS_BRGEMM
-  if (std::is_same_v<T, bfloat16_t> && has_bf16_units()) {
-    return !has_pair_tiles() ? kUnitColumns
-           : streams         ? kStreamSums / m
-                             : std::clamp(kSums / m, kColumnBlock, kMostPairColumns);
-  }
-#endif
-  return streams                 ? kStreamSums / m
+  return uses_brgemm<T>()        ? kUnitColumns
+         : streams               ? kStreamSums / m
+         : uses_pair_tiles<T>()  ? std::clamp(kSums / m, kColumnBlock, kMostPairColumns)
          : streams_many(m, k, b) ? std::clamp(kSums / m, kColumnBlock, kernels().tuning.columns)
                                  : kColumnBlock;
 }
@@ -435,11 +439,12 @@ void gemm(
     col_blocks = 1;
     row_blocks = round_up(ceil_div(m, kRowBlock), threads);
   }
-  // Whole tiles, or calls of brgemm for 16 rows and more; equal tasks come first.
-  const int64_t whole = std::is_same_v<T, bfloat16_t> ? 16 : tile;
+  // Whole tiles, or calls of brgemm for 16 rows and more; equal tasks come first, so that columns
+  // are cut in whole vectors: of 257 in whole panels one thread had 192.
+  const int64_t whole = uses_brgemm<T>() ? 16 : tile;
   const int64_t multiple = m / row_blocks >= whole ? whole : 1;
   const int64_t rows = round_up(ceil_div(m, row_blocks), multiple);
-  const int64_t cols = round_up(ceil_div(n, col_blocks), kPanel);
+  const int64_t cols = round_up(ceil_div(n, col_blocks), kWidestLane);
   row_blocks = ceil_div(m, rows);
   col_blocks = ceil_div(n, cols);
   const auto task = [&](int64_t t) {
