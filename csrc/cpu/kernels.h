@@ -75,10 +75,10 @@ struct ProductKernels {
       const C* b, int64_t b_row, bool in_strips, C* c, int64_t c_row, bool accumulate, bool finish,
       const C* bias, Activation act, Copies<C> copies);
   // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows, an a with unit column stride
-  // and a b with unit row stride, to the same bits.
+  // and a b with unit row stride, to the same bits. `far`: b is likely to come from memory.
   void (*transposed)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c,
-      int64_t c_row, const C* bias, Activation act);
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col,
+      bool far, C* c, int64_t c_row, const C* bias, Activation act);
 };
 
 // Inner loops over a storage type T with accumulator C = acc_t<T>.
@@ -95,7 +95,7 @@ struct StorageKernels {
   void (*pack_strips)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, int64_t m, C* out);
   // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
-  // k > 0. `far`: b is likely to come from memory.
+  // k > 0. `far` as above.
   void (*stream)(
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
       int64_t b_row, bool far, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,

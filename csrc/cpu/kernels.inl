@@ -540,6 +540,8 @@ INLINE void prefetch_row(const C* p, int64_t ahead) {
 
 // Rows of b that a tile which copies them asks for ahead of its step; 8 to 32 do alike.
 constexpr int64_t kAhead = 16;
+// Bytes by which a transposed b is asked for ahead: 256 and 1024 gained less.
+constexpr int64_t kAheadInRow = 512;
 
 // The rows of a below those of a tile: a line of them is asked for at each step, so that the next
 // tile need not wait where a comes from memory. 16384 x 256 x 256 took 1.1 times as long.
@@ -1204,8 +1206,9 @@ void pack_strips(
 // c = act(a (kRows, k) @ b (k, n) + bias) for kGroups vectors of columns, whole ones, or for one
 // that n cuts, of a and a transposed b with unit strides along k. Squares of b are transposed in
 // registers and used at once, one read of b being all that few rows of a pay for; the sums stay in
-// registers over the whole depth.
-template <class C, int kRows, int kGroups, bool kWhole>
+// registers over the whole depth. From memory (kFar) its lines are asked for ahead, as L rows of
+// which the core reads a line each in turn are more than its prefetcher follows.
+template <class C, int kRows, int kGroups, bool kWhole, bool kFar>
 INLINE void transposed_columns(
     int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
     const C* bias, Activation act) {
@@ -1251,6 +1254,12 @@ INLINE void transposed_columns(
   for (; p + kSquares * L <= k; p += kSquares * L) {
     UNROLL
     for (int g = 0; g < kGroups; ++g) {
+      if constexpr (kFar) {
+        UNROLL
+        for (int l = 0; l < L; ++l) {
+          prefetch(b + g * L * b_col + p + offsets[l], kAheadInRow / sizeof(C));
+        }
+      }
       UNROLL
       for (int q = 0; q < kSquares; ++q) {
         add_square(whole, g, p + q * L, L);
@@ -1283,7 +1292,7 @@ INLINE void transposed_columns(
 // A sum waits for its last multiply-add, so one or two rows take two vectors of columns, unless
 // these lie in the same sets of the caches: 1 x 256 x 256 ran 1.25 times as fast so, 2 x 256 x
 // 256 1.2 times, but 1 x 1024 x 1024 at 0.8 of its speed.
-template <class C, int kRows>
+template <class C, int kRows, bool kFar>
 void stream_transposed(
     int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
     const C* bias, Activation act) {
@@ -1293,7 +1302,7 @@ void stream_transposed(
   int64_t j = 0;
   const auto next = [&]<int kMany, bool kWhole>(
                         std::integer_sequence<int, kMany>, std::bool_constant<kWhole>) {
-    transposed_columns<C, kRows, kMany, kWhole>(
+    transposed_columns<C, kRows, kMany, kWhole, kFar>(
         n - j, k, a, a_row, b + j * b_col, b_col, c + j, c_row, bias ? bias + j : nullptr, act);
     j += kMany * L;
   };
@@ -1310,12 +1319,14 @@ void stream_transposed(
 
 template <class C>
 void transposed(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c,
-    int64_t c_row, const C* bias, Activation act) {
-  constexpr decltype(&stream_transposed<C, 1>) by_rows[kStreamRows] = {
-      stream_transposed<C, 1>, stream_transposed<C, 2>, stream_transposed<C, 3>,
-      stream_transposed<C, 4>};
-  by_rows[m - 1](n, k, a, a_row, b, b_col, c, c_row, bias, act);
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, bool far,
+    C* c, int64_t c_row, const C* bias, Activation act) {
+  constexpr decltype(&stream_transposed<C, 1, false>) by_rows[2][kStreamRows] = {
+      {stream_transposed<C, 1, false>, stream_transposed<C, 2, false>,
+       stream_transposed<C, 3, false>, stream_transposed<C, 4, false>},
+      {stream_transposed<C, 1, true>, stream_transposed<C, 2, true>, stream_transposed<C, 3, true>,
+       stream_transposed<C, 4, true>}};
+  by_rows[far][m - 1](n, k, a, a_row, b, b_col, c, c_row, bias, act);
   if (!fits_in_tile(act)) {
     activate(m, n, c, c_row, act);
   }
