@@ -1208,8 +1208,8 @@ void pack_strips(
 // c = act(a (kRows, k) @ b (k, n) + bias) for kGroups vectors of columns, whole ones, or for one
 // that n cuts, of a and a transposed b with unit strides along k. Squares of b are transposed in
 // registers and used at once, one read of b being all that few rows of a pay for; the sums stay in
-// registers over the whole depth. From memory (kFar) its lines are asked for ahead, as L rows of
-// which the core reads a line each in turn are more than its prefetcher follows.
+// registers over the whole depth. From memory (kFar) its lines are asked for ahead: 4 x 4096 x 4096
+// took 1.23 times as long without, 1 x 5000 x 3000 1.39 times.
 template <class C, int kRows, int kGroups, bool kWhole, bool kFar>
 INLINE void transposed_columns(
     int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
