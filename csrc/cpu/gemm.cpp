@@ -157,7 +157,7 @@ void unit_block(
 // As gemm_serial_bf16, for few rows of a and our own instructions, b as it lies in memory.
 template <class Out>
 void stream_bf16(
-    int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
+    int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b, Source source,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
   const bool many = m > kStreamRows;
@@ -176,10 +176,9 @@ void stream_bf16(
     sums = c;
   }
   if (many) {
-    const bool far = spans(kFarBytes, k, b);
-    pairs.stream_many(m, n, k, a.data, a.row, b.data, b.row, far, sums, sums_row);
+    pairs.stream_many(m, n, k, a.data, a.row, b.data, b.row, source, sums, sums_row);
   } else {
-    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, sums, sums_row);
+    pairs.stream(m, n, k, a.data, a.row, b.data, b.row, source, sums, sums_row);
   }
   if constexpr (!kDirect) {
     kernels().bf16.finish(m, n, sums, sums_row, bias, act, c, c_row);
@@ -191,12 +190,12 @@ void stream_bf16(
 // So here too a row's bits are its own.
 template <class Out>
 void gemm_serial_bf16(
-    int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b,
+    int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b, Source source,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
   const bool own = has_pair_tiles();
   if (own && m <= kManyPairRows && b.col == 1 && n > kPanel) {
-    return stream_bf16(m, n, k, a, b, bias, act, c, c_row);
+    return stream_bf16(m, n, k, a, b, source, bias, act, c, c_row);
   }
   const int64_t panels = ceil_div(n, kPanel);
   const int64_t block =
@@ -301,23 +300,24 @@ int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b) {
                                  : kColumnBlock;
 }
 
-// Whether b (k, n), of which a task reads a part, is likely to come from memory.
+// Where b (k, n), of which a task reads a part, is likely to be.
 template <class T>
-bool is_far(int64_t k, int64_t n, const Matrix<T>& b) {
-  return b.col == 1 ? spans(kFarBytes, k, b) : spans(kFarBytes, n, b.transposed());
+Source source_of(int64_t k, int64_t n, const Matrix<T>& b) {
+  const bool far = b.col == 1 ? spans(kFarBytes, k, b) : spans(kFarBytes, n, b.transposed());
+  return far ? kernels().tuning.memory : Source::kCache;
 }
 
-// act(a (m, k) @ b (k, n) + bias) into c, on this thread, from a b that may be `far`. Out is T, or
-// acc_t<T> for partial sums (then bias must be null).
+// act(a (m, k) @ b (k, n) + bias) into c, on this thread. Out is T, or acc_t<T> for partial sums
+// (then bias must be null).
 template <class T, class Out>
 void gemm_serial(
-    int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, bool far, const T* bias,
+    int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, Source source, const T* bias,
     Activation act, Out* c, int64_t c_row) {
   using C = acc_t<T>;
 #if MYLAYERS_BRGEMM
   if constexpr (std::is_same_v<T, bfloat16_t>) {
     if (k > 0 && has_bf16_units()) {
-      return gemm_serial_bf16(m, n, k, a, b, bias, act, c, c_row);
+      return gemm_serial_bf16(m, n, k, a, b, source, bias, act, c, c_row);
     }
   }
 #endif
@@ -332,7 +332,7 @@ void gemm_serial(
         storage.pack(m, k, a.data, a.row, a.col, rows.get(), k);
         a = {rows.get(), k, 1};
       }
-      return product.transposed(m, n, k, a.data, a.row, b.data, b.col, far, c, c_row, bias, act);
+      return product.transposed(m, n, k, a.data, a.row, b.data, b.col, source, c, c_row, bias, act);
     }
   }
   // Columns from which streaming outruns tiles: a sum of few rows stays in a tile's registers, one
@@ -383,11 +383,11 @@ void gemm_serial(
     }
     if (streams) {
       storage.stream(
-          m, n, depth, a_in.data, a_in.row, a_in.col, b.at(p, 0).data, b.row, far, sums, sums_row,
-          p > 0, finish, add, act);
+          m, n, depth, a_in.data, a_in.row, a_in.col, b.at(p, 0).data, b.row, source, sums,
+          sums_row, p > 0, finish, add, act);
     } else if (many) {
       storage.stream_many(
-          m, n, depth, a_in.data, a_in.row, b.at(p, 0).data, b.row, sums, sums_row, p > 0);
+          m, n, depth, a_in.data, a_in.row, b.at(p, 0).data, b.row, source, sums, sums_row, p > 0);
     } else {
       const int64_t panel = pack_b ? kPanel : n;
       for (int64_t j = 0; j < n; j += panel) {
@@ -453,11 +453,11 @@ void gemm(
   const int64_t cols = round_up(ceil_div(n, col_blocks), kWidestLane);
   row_blocks = ceil_div(m, rows);
   col_blocks = ceil_div(n, cols);
-  const bool far = is_far(k, n, b);
+  const Source source = source_of(k, n, b);
   const auto task = [&](int64_t t) {
     const int64_t i = t % row_blocks * rows, j = t / row_blocks * cols;
     gemm_serial<T, T>(
-        std::min(rows, m - i), std::min(cols, n - j), k, a.at(i, 0), b.at(0, j), far,
+        std::min(rows, m - i), std::min(cols, n - j), k, a.at(i, 0), b.at(0, j), source,
         bias ? bias + j : nullptr, act, c + i * n + j, n);
   };
   const int64_t tasks = row_blocks * col_blocks;
@@ -486,12 +486,12 @@ void gemm_long(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T* c) 
     return;
   }
   const Scratch<C> partial(pieces * m * n);
-  const bool far = is_far(k, n, b);
+  const Source source = source_of(k, n, b);
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t p = s * piece;
       gemm_serial<T, C>(
-          m, n, std::min(piece, k - p), a.at(0, p), b.at(p, 0), far, nullptr, Activation::kNone,
+          m, n, std::min(piece, k - p), a.at(0, p), b.at(p, 0), source, nullptr, Activation::kNone,
           partial.get() + s * m * n, n);
     }
   });

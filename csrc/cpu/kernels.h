@@ -52,6 +52,13 @@ constexpr int64_t kColumnChunk = 256;
 // Columns whose sums and means are kept in level-1 cache.
 constexpr int64_t kStrip = 1024;
 
+// Where a weight is likely to be.
+enum class Source {
+  kCache,
+  kMemory,
+  kMemoryByLevel2,  // of a processor that gains where level-2 cache is asked for what comes next
+};
+
 // Where block keeps what its tiles share, in the order in which they read it; null: nowhere.
 template <class C>
 struct Copies {
@@ -75,10 +82,10 @@ struct ProductKernels {
       const C* b, int64_t b_row, bool in_strips, C* c, int64_t c_row, bool accumulate, bool finish,
       const C* bias, Activation act, Copies<C> copies);
   // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows, an a with unit column stride
-  // and a b with unit row stride, to the same bits. `far`: b is likely to come from memory.
+  // and a b with unit row stride, to the same bits. `source`: of b.
   void (*transposed)(
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col,
-      bool far, C* c, int64_t c_row, const C* bias, Activation act);
+      Source source, C* c, int64_t c_row, const C* bias, Activation act);
 };
 
 // Inner loops over a storage type T with accumulator C = acc_t<T>.
@@ -95,16 +102,16 @@ struct StorageKernels {
   void (*pack_strips)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, int64_t m, C* out);
   // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
-  // k > 0. `far` as above.
+  // k > 0. `source` as above.
   void (*stream)(
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
-      int64_t b_row, bool far, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
-      Activation act);
+      int64_t b_row, Source source, C* c, int64_t c_row, bool accumulate, bool finish,
+      const C* bias, Activation act);
   // sums (m, n) = c0 + a (m, k) @ b (k, n) to the same bits, for more rows, b as it lies in memory;
   // a and b with unit column stride, c0 = sums if `accumulate` else 0.
   void (*stream_many)(
       int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const T* b, int64_t b_row,
-      C* sums, int64_t sums_row, bool accumulate);
+      Source source, C* sums, int64_t sums_row, bool accumulate);
   // out (rows, cols) = act(in + bias), rounded once to T.
   void (*finish)(
       int64_t rows, int64_t cols, const C* in, int64_t in_row, const T* bias, Activation act,
@@ -160,12 +167,11 @@ struct PairKernels {
   // lies in memory; a (m, k) too has unit column stride and, for an odd k, a zero behind each row.
   void (*stream)(
       int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-      int64_t b_row, float* c, int64_t c_row);
-  // sums (m, n) = c0 + a @ b to the same bits, for more rows, c0 = sums if `accumulate` else 0.
-  // `far` asks for the rows of b that come next.
+      int64_t b_row, Source source, float* c, int64_t c_row);
+  // sums (m, n) = a @ b to the same bits, for more rows.
   void (*stream_many)(
       int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-      int64_t b_row, bool far, float* sums, int64_t sums_row);
+      int64_t b_row, Source source, float* sums, int64_t sums_row);
 };
 
 // The numbers of rows at which one way to multiply overtakes another.
@@ -178,6 +184,8 @@ struct Tuning {
   // Tiles copy a strip of a b from beyond level-1 cache that so many share, or fewer from beyond
   // level 2. 0: they copy nothing.
   int64_t copying;
+  // kMemory or kMemoryByLevel2.
+  Source memory;
 };
 
 struct Kernels {

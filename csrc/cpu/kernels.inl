@@ -77,8 +77,8 @@ constexpr int kUnroll = MYLAYERS_LEVEL == 2 ? 1 : 4;
 // of 4096 x 4096, on one thread, 1.06 to 1.1 times in runs of 2048 columns. On the Zen 5 float16 of
 // 65 to 128 rows streams at 0.99 to 1.08 of the speed of tiles on a core of its own, at 0.83 to
 // 0.94 on one that others slow down.
-constexpr Tuning kTuning =
-    MYLAYERS_LEVEL == 2 ? Tuning{128, 64, 0, 2048, 0} : Tuning{48, 32, 16, 4096, 32};
+constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 64, 0, 2048, 0, Source::kMemory}
+                                               : Tuning{48, 32, 16, 4096, 32, Source::kMemory};
 constexpr bool kCopies = kTuning.copying > 0;
 
 template <class C>
@@ -523,20 +523,32 @@ void activate(int64_t m, int64_t n, C* c, int64_t c_row, Activation act) {
 
 constexpr int64_t kLine = 64;  // bytes that memory and caches move at once
 
-// To level-1 cache. p + ahead may lie beyond the memory at hand.
-template <class T>
+// To the cache of a level. p + ahead may lie beyond the memory at hand.
+template <int kLevel = 1, class T>
 INLINE void prefetch(const T* p, int64_t ahead) {
+  constexpr int kLocality = 4 - kLevel;
   __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + sizeof(T) * ahead));
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + sizeof(T) * ahead), 0,
+      kLocality);
 }
 
 // kVectors vectors, which may lie on two lines: 1024 x 256 x 256 took 1.1 times as long with the
 // first alone.
-template <int kVectors, class C>
-INLINE void prefetch_row(const C* p, int64_t ahead) {
-  prefetch(p, ahead);
-  if constexpr (kVectors * kBytes > kLine) {
-    prefetch(p, ahead + kVectors * kLanes<C> - 1);
+template <int kVectors, int kLevel = 1, class T>
+INLINE void prefetch_row(const T* p, int64_t ahead) {
+  constexpr int64_t kValues = kVectors * kLanes<acc_t<T>>;
+  prefetch<kLevel>(p, ahead);
+  if constexpr (kValues * sizeof(T) > kLine) {
+    prefetch<kLevel>(p, ahead + kValues - 1);
+  }
+}
+
+// The kSteps rows below as many of b.
+template <int kSteps, int kVectors, int kLevel = 2, class T>
+INLINE void prefetch_rows_below(const T* b, int64_t b_row) {
+  UNROLL
+  for (int s = kSteps; s < 2 * kSteps; ++s) {
+    prefetch_row<kVectors, kLevel>(b, s * b_row);
   }
 }
 
@@ -766,8 +778,8 @@ INLINE void stream_middle(const C* x, const T* b, int64_t b_row, C* c, int64_t c
 // One pass of stream: c (kRows, n) = act(c0 + a (kRows, kSteps) @ b (kSteps, n) + bias).
 template <class T, int kRows, int kSteps, class C = acc_t<T>>
 void stream_pass(
-    int64_t n, const C* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, C* c,
-    int64_t c_row, bool accumulate, bool finish, const C* bias, Activation act) {
+    int64_t n, const C* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, Source source,
+    C* c, int64_t c_row, bool accumulate, bool finish, const C* bias, Activation act) {
   C x[kRows * kSteps];
   UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -785,6 +797,9 @@ void stream_pass(
     constexpr int kVectors = kRows == 1 ? 2 : 1;
     int64_t j = 0;
     _Pragma("GCC unroll 1") for (; j + kVectors * L <= n; j += kVectors * L) {
+      if (source == Source::kMemoryByLevel2) {
+        prefetch_rows_below<kSteps, kVectors>(b + j, b_row);
+      }
       stream_middle<T, kRows, kSteps, kVectors>(x, b + j, b_row, c + j, c_row, L);
     }
     for (; j < n; j += L) {
@@ -827,8 +842,8 @@ void stream_pass(
 
 template <class T, class C = acc_t<T>>
 using StreamPass = void (*)(
-    int64_t, const C*, int64_t, int64_t, const T*, int64_t, C*, int64_t, bool, bool, const C*,
-    Activation);
+    int64_t, const C*, int64_t, int64_t, const T*, int64_t, Source, C*, int64_t, bool, bool,
+    const C*, Activation);
 
 template <class T, int kRows, int kSteps = kStreamDepth>
 StreamPass<T> stream_pass_of(int64_t steps) {
@@ -852,7 +867,7 @@ StreamPass<T> stream_pass_of(int64_t steps) {
 template <class T, class C = acc_t<T>>
 void stream(
     int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
-    int64_t b_row, bool far, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
+    int64_t b_row, Source source, C* c, int64_t c_row, bool accumulate, bool finish, const C* bias,
     Activation act) {
   constexpr StreamPass<T> (*by_rows[kStreamRows])(int64_t) = {
       stream_pass_of<T, 1>, stream_pass_of<T, 2>, stream_pass_of<T, 3>, stream_pass_of<T, 4>};
@@ -860,15 +875,15 @@ void stream(
   for (int64_t i = 0; i < m; i += together) {
     const int64_t rows = m - i < together ? m - i : together;
     const bool deep = rows > 2 || k <= kStreamDepth || sizeof(T) == 2;
-    const int64_t most = deep ? kStreamDepth : far ? 6 : 4;
+    const int64_t most = deep ? kStreamDepth : source == Source::kCache ? 4 : 6;
     for (int64_t p = 0, steps = 0; p < k; p += steps) {
       steps = k - p < most ? k - p : most;
       if constexpr (sizeof(T) == 2) {  // the last few in passes of 4, 2 and 1: half the code
         steps = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(steps)));
       }
       by_rows[rows - 1](steps)(
-          n, a + i * a_row + p * a_col, a_row, a_col, b + p * b_row, b_row, c + i * c_row, c_row,
-          accumulate || p > 0, finish && p + steps == k, bias, act);
+          n, a + i * a_row + p * a_col, a_row, a_col, b + p * b_row, b_row, source, c + i * c_row,
+          c_row, accumulate || p > 0, finish && p + steps == k, bias, act);
     }
     if (finish && !fits_in_tile(act)) {
       activate(rows, n, c + i * c_row, c_row, act);
@@ -895,11 +910,14 @@ INLINE void stream_columns(
 
 template <class T, int kSteps, class C = acc_t<T>>
 void stream_many_pass(
-    int64_t m, int64_t n, const C* a, int64_t a_row, const T* b, int64_t b_row, C* sums,
-    int64_t sums_row, bool accumulate) {
+    int64_t m, int64_t n, const C* a, int64_t a_row, const T* b, int64_t b_row, Source source,
+    C* sums, int64_t sums_row, bool accumulate) {
   constexpr int L = kLanes<C>;
   int64_t j = 0;
   for (; j + kManyVectors * L <= n; j += kManyVectors * L) {
+    if (source == Source::kMemoryByLevel2) {
+      prefetch_rows_below<kSteps, kManyVectors>(b + j, b_row);
+    }
     stream_columns<T, kSteps, kManyVectors>(
         m, a, a_row, b + j, b_row, sums + j, sums_row, accumulate, L);
   }
@@ -914,14 +932,14 @@ void stream_many_pass(
 // once.
 template <class T, class C = acc_t<T>>
 void stream_many(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const T* b, int64_t b_row, C* sums,
-    int64_t sums_row, bool accumulate) {
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const T* b, int64_t b_row,
+    Source source, C* sums, int64_t sums_row, bool accumulate) {
   constexpr auto passes = []<int... kStep>(std::integer_sequence<int, kStep...>) {
     return std::array{stream_many_pass<T, kStep + 1>...};
   }(std::make_integer_sequence<int, kManySteps>{});
   for (int64_t p = 0; p < k; p += kManySteps) {
     passes[(k - p < kManySteps ? k - p : kManySteps) - 1](
-        m, n, a + p, a_row, b + p * b_row, b_row, sums, sums_row, accumulate || p > 0);
+        m, n, a + p, a_row, b + p * b_row, b_row, source, sums, sums_row, accumulate || p > 0);
   }
 }
 
@@ -1212,8 +1230,8 @@ void pack_strips(
 // took 1.23 times as long without, 1 x 5000 x 3000 1.39 times.
 template <class C, int kRows, int kGroups, bool kWhole, bool kFar>
 INLINE void transposed_columns(
-    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
-    const C* bias, Activation act) {
+    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, Source source, C* c,
+    int64_t c_row, const C* bias, Activation act) {
   constexpr int L = kLanes<C>;
   constexpr int kSquares = 64 / kBytes;  // in a row of lines, which are used up once they are there
   // Beyond n the last column again. Offsets serve all groups; as many pointers would not stay in
@@ -1259,7 +1277,12 @@ INLINE void transposed_columns(
       if constexpr (kFar) {
         UNROLL
         for (int l = 0; l < L; ++l) {
-          prefetch(b + g * L * b_col + p + offsets[l], kAheadInRow / sizeof(C));
+          const C* row = b + g * L * b_col + p + offsets[l];
+          if (source == Source::kMemoryByLevel2) {
+            prefetch<2>(row, kAheadInRow / sizeof(C));
+          } else {
+            prefetch(row, kAheadInRow / sizeof(C));
+          }
         }
       }
       UNROLL
@@ -1296,8 +1319,8 @@ INLINE void transposed_columns(
 // 256 1.2 times, but 1 x 1024 x 1024 at 0.8 of its speed.
 template <class C, int kRows, bool kFar>
 void stream_transposed(
-    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, C* c, int64_t c_row,
-    const C* bias, Activation act) {
+    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, Source source, C* c,
+    int64_t c_row, const C* bias, Activation act) {
   constexpr int L = kLanes<C>;
   constexpr int kGroups = kRows <= 2 ? 2 : 1;
   const bool collide = b_col * static_cast<int64_t>(sizeof(C)) % 4096 == 0;
@@ -1305,7 +1328,8 @@ void stream_transposed(
   const auto next = [&]<int kMany, bool kWhole>(
                         std::integer_sequence<int, kMany>, std::bool_constant<kWhole>) {
     transposed_columns<C, kRows, kMany, kWhole, kFar>(
-        n - j, k, a, a_row, b + j * b_col, b_col, c + j, c_row, bias ? bias + j : nullptr, act);
+        n - j, k, a, a_row, b + j * b_col, b_col, source, c + j, c_row, bias ? bias + j : nullptr,
+        act);
     j += kMany * L;
   };
   while (!collide && j + kGroups * L <= n) {
@@ -1321,14 +1345,14 @@ void stream_transposed(
 
 template <class C>
 void transposed(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, bool far,
-    C* c, int64_t c_row, const C* bias, Activation act) {
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col,
+    Source source, C* c, int64_t c_row, const C* bias, Activation act) {
   constexpr decltype(&stream_transposed<C, 1, false>) by_rows[2][kStreamRows] = {
       {stream_transposed<C, 1, false>, stream_transposed<C, 2, false>,
        stream_transposed<C, 3, false>, stream_transposed<C, 4, false>},
       {stream_transposed<C, 1, true>, stream_transposed<C, 2, true>, stream_transposed<C, 3, true>,
        stream_transposed<C, 4, true>}};
-  by_rows[far][m - 1](n, k, a, a_row, b, b_col, c, c_row, bias, act);
+  by_rows[source != Source::kCache][m - 1](n, k, a, a_row, b, b_col, source, c, c_row, bias, act);
   if (!fits_in_tile(act)) {
     activate(m, n, c, c_row, act);
   }
@@ -1572,7 +1596,7 @@ INLINE void load_pairs(
 template <int kRows, int kPairs>
 void pair_stream_pass(
     int64_t n, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b, int64_t b_row, bool whole,
-    float* c, int64_t c_row, bool accumulate) {
+    Source source, float* c, int64_t c_row, bool accumulate) {
   __m512bh x[kRows][kPairs];
   UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -1585,6 +1609,9 @@ void pair_stream_pass(
     const uint32_t columns = n - j < 32 ? (1u << (n - j)) - 1 : ~0u;
     const __mmask16 halves[2] = {
         static_cast<__mmask16>(columns), static_cast<__mmask16>(columns >> 16)};
+    if (source == Source::kMemoryByLevel2) {
+      prefetch_rows_below<2 * kPairs, 2>(b + j, b_row);
+    }
     __m512 sum[kRows][2];
     UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -1620,7 +1647,7 @@ void pair_stream_pass(
 template <int kRows>
 void pair_stream_rows(
     int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b, int64_t b_row,
-    float* c, int64_t c_row) {
+    Source source, float* c, int64_t c_row) {
   constexpr int kMost = kStreamDepth / 2;
   constexpr decltype(&pair_stream_pass<kRows, 1>) by_pairs[kMost] = {
       pair_stream_pass<kRows, 1>, pair_stream_pass<kRows, 2>, pair_stream_pass<kRows, 3>,
@@ -1628,16 +1655,16 @@ void pair_stream_rows(
   for (int64_t p = 0; p < k; p += 2 * kMost) {
     const int64_t steps = k - p < 2 * kMost ? k - p : 2 * kMost;
     by_pairs[(steps + 1) / 2 - 1](
-        n, a + p, a_row, b + p * b_row, b_row, steps % 2 == 0, c, c_row, p > 0);
+        n, a + p, a_row, b + p * b_row, b_row, steps % 2 == 0, source, c, c_row, p > 0);
   }
 }
 
 void pair_stream(
     int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-    int64_t b_row, float* c, int64_t c_row) {
+    int64_t b_row, Source source, float* c, int64_t c_row) {
   constexpr decltype(&pair_stream_rows<1>) by_rows[kStreamRows] = {
       pair_stream_rows<1>, pair_stream_rows<2>, pair_stream_rows<3>, pair_stream_rows<4>};
-  by_rows[m - 1](n, k, a, a_row, b, b_row, c, c_row);
+  by_rows[m - 1](n, k, a, a_row, b, b_row, source, c, c_row);
 }
 
 // As add_products, of pairs, for 32 columns less those that a mask leaves out.
@@ -1679,7 +1706,7 @@ INLINE void add_pairs(
 template <int kPairs>
 void pair_stream_many_pass(
     int64_t m, int64_t n, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b, int64_t b_row,
-    bool whole, bool far, float* sums, int64_t sums_row, bool accumulate) {
+    bool whole, Source source, float* sums, int64_t sums_row, bool accumulate) {
   for (int64_t j = 0; j < n; j += 32) {
     const uint32_t columns = n - j < 32 ? (1u << (n - j)) - 1 : ~0u;
     const __mmask16 halves[2] = {
@@ -1690,11 +1717,10 @@ void pair_stream_many_pass(
       load_pairs(
           pairs[s], b + 2 * s * b_row + j, b_row, columns, s + 1 < kPairs || whole ? columns : 0);
     }
-    if (far) {
-      UNROLL
-      for (int s = 2 * kPairs; s < 4 * kPairs; ++s) {
-        prefetch(b + j, s * b_row);
-      }
+    if (source == Source::kMemoryByLevel2) {
+      prefetch_rows_below<2 * kPairs, 2>(b + j, b_row);
+    } else if (source == Source::kMemory) {
+      prefetch_rows_below<2 * kPairs, 2, 1>(b + j, b_row);
     }
     int64_t i = 0;
     for (; i + 2 <= m; i += 2) {
@@ -1713,7 +1739,7 @@ void pair_stream_many_pass(
 // with the rows below asked for, which costs a tenth where a cache holds them.
 void pair_stream_many(
     int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-    int64_t b_row, bool far, float* sums, int64_t sums_row) {
+    int64_t b_row, Source source, float* sums, int64_t sums_row) {
   constexpr auto passes = []<int... kPair>(std::integer_sequence<int, kPair...>) {
     return std::array{pair_stream_many_pass<kPair + 1>...};
   }(std::make_integer_sequence<int, kStreamDepth>{});
@@ -1721,8 +1747,8 @@ void pair_stream_many(
   for (int64_t p = 0; p < k; p += kMost) {
     const int64_t steps = k - p < kMost ? k - p : kMost;
     passes[(steps + 1) / 2 - 1](
-        m, n, a + p, a_row, b + p * b_row, b_row, steps % 2 == 0, far && k - p > kMost, sums,
-        sums_row, p > 0);
+        m, n, a + p, a_row, b + p * b_row, b_row, steps % 2 == 0,
+        k - p > kMost ? source : Source::kCache, sums, sums_row, p > 0);
   }
 }
 
