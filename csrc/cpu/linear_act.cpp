@@ -91,6 +91,29 @@ Gradients linear_act_gradients(
     const Rows dy(*grad);
     const int64_t rows = dy.count, units = dy.cols;
     const bool masks = act != Activation::kNone;
+    const auto allocate_dx = [&] {
+      c10::SmallVector<int64_t, 6> sizes(grad_output.sizes().begin(), grad_output.sizes().end());
+      sizes.back() = weight->size(transposed ? 1 : 0);
+      dx = empty_like_of(grad_output, sizes);
+    };
+    const auto allocate_dw = [&] {
+      const int64_t in_units = input->size(-1);
+      dw = transposed ? empty_like_of(grad_output, {units, in_units})
+                      : empty_like_of(grad_output, {in_units, units});
+    };
+    // The largest first: malloc may cut a smaller one from the memory of the last step's gradients,
+    // which is still in cache. The larger then lies in memory that is not: backward of 1 x 1024 x
+    // 1024 without the input's gradient took twice as long.
+    const bool dx_first = rows > units;
+    if (mask[0] && dx_first) {
+      allocate_dx();
+    }
+    if (mask[1]) {
+      allocate_dw();
+    }
+    if (mask[0] && !dx_first) {
+      allocate_dx();
+    }
     const at::Tensor none;
     const auto y = (masks ? *output : none).expect_contiguous();
     if (mask[2]) {
@@ -105,22 +128,16 @@ Gradients linear_act_gradients(
     }
     const Matrix<T> g = keeps_dz ? Matrix<T>{dz.get(), units, 1} : dy.matrix<T>();
     if (mask[0]) {
-      const int64_t in_units = weight->size(transposed ? 1 : 0);
       const Matrix<T> w = matrix<T>(*weight);
-      c10::SmallVector<int64_t, 6> sizes(grad_output.sizes().begin(), grad_output.sizes().end());
-      sizes.back() = in_units;
-      dx = empty_like_of(grad_output, sizes);
       gemm<T>(
-          rows, in_units, units, g, transposed ? w : w.transposed(), nullptr, Activation::kNone,
+          rows, dx.size(-1), units, g, transposed ? w : w.transposed(), nullptr, Activation::kNone,
           mutable_data<T>(dx));
     }
     if (mask[1]) {
       const Rows x(*input);
       if (transposed) {  // the same products, added in the same order
-        dw = empty_like_of(grad_output, {units, x.cols});
         gemm_long<T>(units, x.cols, rows, g.transposed(), x.matrix<T>(), mutable_data<T>(dw));
       } else {
-        dw = empty_like_of(grad_output, {x.cols, units});
         gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
       }
     }
