@@ -103,7 +103,8 @@ Gradients linear_act_gradients(
     };
     // The largest first: malloc may cut a smaller one from the memory of the last step's gradients,
     // which is still in cache. The larger then lies in memory that is not: backward of 1 x 1024 x
-    // 1024 without the input's gradient took twice as long.
+    // 1024 without the input's gradient took 290 to 320 us on one thread of a Zen 4, and in memory
+    // that had just been freed 150.
     const bool dx_first = rows > units;
     if (mask[0] && dx_first) {
       allocate_dx();
