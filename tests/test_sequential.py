@@ -244,6 +244,22 @@ def test_widths_around_block_edges(widths, layer, dtype):
             )
 
 
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layer", ["linear", "linear_t"])
+def test_weights_that_leave_the_caches_together_are_read_to_the_same_bits(layer, threads, dtype):
+    width = 1100  # of rows that do not lie in the same sets of the caches
+    twice = f"{layer}+tanh; {layer}+bias+tanh"
+    depth = (33 << 20) // (2 * width * width * dtype.itemsize) + 1
+    program = "; ".join([twice] * depth)
+    parameters = draw_parameters(twice, (width,), (width, width), dtype) * depth
+    x = drawer("large", dtype)(65, width)
+    with num_threads(threads):
+        for rows in (1, 2, 4, 5, 16, 17, 64, 65):
+            expected = one_by_one(x[:rows], parameters, program)
+            assert_same_bits([ops.sequential(x[:rows], parameters, program)], [expected], rows)
+
+
 @pytest.mark.parametrize("widths", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("rows", [0, 2])
 def test_layers_of_no_units(rows, widths):

@@ -39,8 +39,10 @@ template <class T>
 void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
   int64_t widest = 0;
   double work = 0;
+  int64_t weights = 0;  // bytes
   for (const auto& layer : layers) {
     widest = std::max(widest, layer.output ? 0 : layer.units);
+    weights += layer.in_units * layer.units * static_cast<int64_t>(sizeof(T));
     work += static_cast<double>(rows) * static_cast<double>(layer.in_units) *
             static_cast<double>(layer.units);
   }
@@ -52,7 +54,8 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
       T* out = layer.output ? layer.output + first * layer.units
                             : between.get() + l % 2 * (count * widest);
       gemm<T>(
-          count, layer.units, layer.in_units, in, layer.weight, layer.bias, layer.activation, out);
+          count, layer.units, layer.in_units, in, layer.weight, layer.bias, layer.activation, out,
+          weights);
       in = {out, layer.units, 1};
     }
   };
