@@ -1182,6 +1182,19 @@ def test_a_network_of_stock_layers_has_the_bits_of_ours(dtype):
     assert_same_bits(actual, [e.T if i in (2, 4) else e for i, e in enumerate(expected)])
 
 
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 4, 33])
+def test_a_stock_weight_that_lies_in_out_in_memory_changes_no_bit(rows, dtype):
+    net = FusedSequential(nn.Linear(70, 130), nn.Tanh(), nn.Linear(130, 9)).to(dtype)
+    x = torch.randn(rows, 70, dtype=dtype)
+    expected, parameters = results(net, x), list(net.parameters())
+    for layer in (net[0], net[2]):
+        layer.weight.data = layer.weight.data.T.contiguous().T
+        assert layer.weight.T.is_contiguous()
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert_same_bits(results(net, x), expected)
+
+
 @pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 3, 4), (2, 0, 4)], ids=str)
 def test_any_rank_of_a_networks_input(shape):
     assert_like_stock(
