@@ -132,12 +132,17 @@ def main() -> int:
     dist.init_process_group("gloo")
     console = Console(soft_wrap=True, quiet=dist.get_rank() != 0)
     same = run(arguments.epochs, arguments.fsdp, console)
-    # FSDP2 leaks references to the process group, so its threads outlive it: one that still gives
-    # back a tensor when Python ends aborts the process. After a barrier none has one.
+    # A process that ends takes its connections with it, which others may still read from.
     dist.barrier()
     dist.destroy_process_group()
     return 0 if same else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # Caches of FSDP2's hold the process group, so gloo's threads outlive destroy_process_group, and
+    # one that gives back a tensor while the interpreter ends aborts the process
+    # (pytorch/pytorch#117762). Nothing waits for them: a barrier itself holds the work before it.
+    # So this process ends without ending the interpreter first.
+    sys.stdout.flush()
+    os._exit(status)
