@@ -105,6 +105,10 @@ def take_turns(
     The order turns round after each round (A B, B A, A B): none always follows the same one,
     and a steady drift of the machine's speed favours none.
 
+    Where no step is short, every turn begins with an untimed one: the memory that a step gave back
+    is otherwise as old as a round, save where the order turns round. On a virtual machine whose
+    host takes free memory back, rounds of 2 s made a step 15 times as slow as after itself.
+
     Args:
         steps: what to time, by name.
         seconds: how long to go on; at least ``LEAST_ROUNDS`` rounds are made.
@@ -120,7 +124,10 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
         least = SAMPLE_SECONDS * (10 if restless else 1)
-        loops = {name: _loops(step, least, clock) for name, step in steps.items()}
+        loops, alone = {}, {}
+        for name, step in steps.items():
+            loops[name], alone[name] = _loops(step, least, clock)
+        warms_up = restless or min(alone.values()) > WARM_UP_SECONDS
         order = list(steps)
         before = order[-1]
         end = time.perf_counter() + seconds
@@ -129,7 +136,7 @@ def take_turns(
             for name in order:
                 if name != before and not {name, before}.isdisjoint(restless):
                     wait_for_sleep()
-                if restless:
+                if warms_up:
                     warm_up(steps[name])
                 before = name
                 samples[name].append(sample(steps[name], loops[name], clock) / loops[name])
@@ -174,13 +181,16 @@ def sample(step: Step, loops: int = 1, clock: Clock = wall_clock) -> float:
     return clock(all_of_them)
 
 
-def _loops(step: Step, least: float, clock: Clock) -> int:
-    """How many steps a sample takes; finding out warms up caches, allocator and threads."""
+def _loops(step: Step, least: float, clock: Clock) -> tuple[int, float]:
+    """How many steps a sample takes, and the seconds of one of them.
+
+    Finding out warms up caches, allocator and threads.
+    """
     sample(step, 1, clock)
     loops = 1
-    while sample(step, loops, clock) < least:
+    while (seconds := sample(step, loops, clock)) < least:
         loops *= 2
-    return loops
+    return loops, seconds / loops
 
 
 @contextlib.contextmanager

@@ -481,11 +481,19 @@ def test_threads_sleep_between_restless_candidates_and_the_others(bench, monkeyp
     assert "".join(calls).startswith("".join(("aabbxx", *rounds)))
 
 
-def test_nobody_is_warmed_up_where_nobody_is_restless(bench, monkeypatch):
-    warmed = []
+def test_nobody_is_warmed_up_where_nobody_is_restless_and_a_step_is_short(bench, monkeypatch):
+    now, warmed = [0.0], []
+    monkeypatch.setattr(bench.timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(bench.timing, "warm_up", warmed.append)
-    bench.timing.take_turns({"a": int, "b": int}, 0)
+
+    def lasting(seconds):
+        return lambda: now.append(now.pop() + seconds)
+
+    short, long, longer = lasting(0.009), lasting(0.011), lasting(0.1)
+    bench.timing.take_turns({"a": short, "b": longer}, 0)
     assert not warmed
+    bench.timing.take_turns({"a": long, "b": longer}, 0)
+    assert warmed == [long, longer, longer, long] * 3 + [long, longer]
 
 
 def test_waiting_ends_when_other_threads_end_their_work(bench):
