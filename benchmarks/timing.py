@@ -105,9 +105,10 @@ def take_turns(
     The order turns round after each round (A B, B A, A B): none always follows the same one,
     and a steady drift of the machine's speed favours none.
 
-    Where no step is short, every turn begins with an untimed one: the memory that a step gave back
-    is otherwise as old as a round, save where the order turns round. On a virtual machine whose
-    host takes free memory back, rounds of 2 s made a step 15 times as slow as after itself.
+    Where every step takes longer than ``WARM_UP_SECONDS``, turns begin with an untimed one: the
+    memory that a step gave back is otherwise as old as a round, save where the order turns round.
+    On a virtual machine whose host takes free memory back, rounds of 2 s made a step 15 times as
+    slow as after itself.
 
     Args:
         steps: what to time, by name.
@@ -127,7 +128,7 @@ def take_turns(
         loops, alone = {}, {}
         for name, step in steps.items():
             loops[name], alone[name] = _loops(step, least, clock)
-        warms_up = restless or min(alone.values()) > WARM_UP_SECONDS
+        slow = min(alone.values()) > WARM_UP_SECONDS
         order = list(steps)
         before = order[-1]
         end = time.perf_counter() + seconds
@@ -136,8 +137,10 @@ def take_turns(
             for name in order:
                 if name != before and not {name, before}.isdisjoint(restless):
                     wait_for_sleep()
-                if warms_up:
+                if restless:
                     warm_up(steps[name])
+                elif slow:
+                    clock(steps[name])  # which waits for a GPU, as warm_up does not
                 before = name
                 samples[name].append(sample(steps[name], loops[name], clock) / loops[name])
             order.reverse()

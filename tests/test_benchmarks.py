@@ -481,19 +481,26 @@ def test_threads_sleep_between_restless_candidates_and_the_others(bench, monkeyp
     assert "".join(calls).startswith("".join(("aabbxx", *rounds)))
 
 
-def test_nobody_is_warmed_up_where_nobody_is_restless_and_a_step_is_short(bench, monkeypatch):
-    now, warmed = [0.0], []
-    monkeypatch.setattr(bench.timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+def test_nobody_is_warmed_up_where_nobody_is_restless(bench, monkeypatch):
+    warmed = []
     monkeypatch.setattr(bench.timing, "warm_up", warmed.append)
-
-    def lasting(seconds):
-        return lambda: now.append(now.pop() + seconds)
-
-    short, long, longer = lasting(0.009), lasting(0.011), lasting(0.1)
-    bench.timing.take_turns({"a": short, "b": longer}, 0)
+    bench.timing.take_turns({"a": int, "b": int}, 0)
     assert not warmed
-    bench.timing.take_turns({"a": long, "b": longer}, 0)
-    assert warmed == [long, longer, longer, long] * 3 + [long, longer]
+
+
+@pytest.mark.parametrize("fastest", [0.009, 0.011])
+def test_turns_begin_with_an_untimed_step_where_every_step_is_long(bench, fastest):
+    calls, lasts = [], {"a": fastest, "b": 0.1}
+
+    def clock(step):
+        step()
+        return lasts[calls[-1]]
+
+    steps = {name: functools.partial(calls.append, name) for name in lasts}
+    samples = bench.timing.take_turns(steps, 0, clock)
+    turns = "aabbbbaa" if fastest > bench.timing.WARM_UP_SECONDS else "abba"
+    assert "".join(calls).startswith("aabb" + turns * 3)
+    assert samples == {name: [lasts[name]] * bench.timing.LEAST_ROUNDS for name in lasts}
 
 
 def test_waiting_ends_when_other_threads_end_their_work(bench):
