@@ -25,6 +25,11 @@ constexpr int64_t kGrain = 1 << 15;
 // Slices per thread from which each is left to one thread, which may be late by one slice.
 constexpr int64_t kSlicesPerThread = 4;
 
+// Bytes of a run up to which it is subtracted from before the next is summed: half of a level-1
+// cache. All runs of 24 KiB and more are summed first, which took 0.84 to 0.97 of the time in
+// 16 MiB and 0.8 to 1.08 in less; with runs of 16 KiB it took up to 1.35 times as long.
+constexpr int64_t kRunInCache = 1 << 14;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // body(begin, end) for slices of one thread, whose second pass finds in its cache what the first
@@ -39,7 +44,8 @@ template <class T>
 void center_runs(const CenterSizes& s, const T* x, T* out) {
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
-  if (s.lead == 1 && (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
+  if (s.lead == 1 && s.count * static_cast<int64_t>(sizeof(T)) <= kRunInCache &&
+      (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
     each_on_one_thread(s.outer, s.count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * s.count;
       storage.center_runs(end - begin, s.count, x + at, out + at);

@@ -127,7 +127,7 @@ struct StorageKernels {
   double (*sum)(int64_t n, const T* x);
   // out = x - mean, the mean rounded to T.
   void (*subtract)(int64_t n, const T* x, double mean, T* out);
-  // Both, for `runs` runs of n values, one after another.
+  // Both, for `runs` runs of n <= kRunChunk values, one after another.
   void (*center_runs)(int64_t runs, int64_t n, const T* x, T* out);
   // sums (cols) = column sums of x (rows, cols), rows <= kColumnChunk; more rows are summed in
   // chunks of so many, whose sums are added in order.

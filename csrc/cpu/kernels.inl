@@ -1859,11 +1859,9 @@ double sum(int64_t count, const T* x) {
 
 // A subtraction goes downwards: the pass of the sums went upwards, and what it has read last is
 // still in cache. Against upwards: 1.18 of the speed at 2^20 values on two threads, 1.06 to 1.14 at
-// 2^16 to 2^19 on one, 0.94 to 0.97 above 2^20 on one. It goes upwards where many slices up to this
-// size follow each other, which fit in cache: downwards in each, the prefetcher starts anew at
-// every turn, and (4096, 1000) ran at 0.8 of the speed.
-constexpr int64_t kSmallSlice = 1 << 15;
-
+// 2^16 to 2^19 on one, 0.94 to 0.97 above 2^20 on one. It goes upwards where many slices that fit
+// in cache follow each other: downwards in each, the prefetcher starts anew at every turn, and
+// (4096, 1000) ran at 0.8 of the speed.
 template <class T, bool kDown = true>
 void subtract(int64_t count, const T* x, double mean, T* out) {
   using C = acc_t<T>;
@@ -1910,13 +1908,8 @@ void center_runs(int64_t runs, int64_t count, const T* x, T* out) {
     center_short_runs(runs, count, x, out);
     return;
   }
-  const auto subtract_run = count <= kSmallSlice ? subtract<T, false> : subtract<T>;
   for (int64_t r = 0; r < runs; ++r, x += count, out += count) {
-    double total = 0;
-    for (int64_t at = 0; at < count; at += kRunChunk) {
-      total += sum(count - at < kRunChunk ? count - at : kRunChunk, x + at);
-    }
-    subtract_run(count, x, total / static_cast<double>(count), out);
+    subtract<T, false>(count, x, sum(count, x) / static_cast<double>(count), out);
   }
 }
 
@@ -2025,6 +2018,9 @@ void subtract_columns(
         cols, BODY { store_n(out + at + j, load_n(x + at + j, n) - load_n(mean + j, n), n); });
   }
 }
+
+// Values of a slice up to which its columns are subtracted from upwards too.
+constexpr int64_t kSmallSlice = 1 << 15;
 
 template <class T>
 void center_columns(int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out) {
