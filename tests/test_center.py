@@ -180,6 +180,20 @@ def test_a_row_has_the_same_bits_in_every_batch(length, dtype):
 
 
 @every_dtype
+def test_results_larger_than_a_cache_have_the_bits_of_their_rows_alone(dtype):
+    # 24 MiB with its rows' ends anywhere in a cache line, which a processor may be told to write
+    # past its caches.
+    x = samples.drawer("large", dtype)(24 * 2**20 // dtype.itemsize // 8195, 8195)
+    alone = torch.cat([functional.center(row, -1) for row in x.split(1)])
+    whole = functional.center(x)
+    check_values(whole, x, None)
+    for threads in (1, 2):
+        with num_threads(threads):
+            assert same_bits(functional.center(x, -1), alone), f"{threads} threads"
+            assert same_bits(functional.center(x), whole), f"{threads} threads"
+
+
+@every_dtype
 @pytest.mark.parametrize("rows", [1, 7, 8, 300])
 def test_a_column_has_the_same_bits_beside_any_others(rows, dtype):
     x = samples.drawer("columns", dtype)(rows, 1100)

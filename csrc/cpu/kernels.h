@@ -127,6 +127,8 @@ struct StorageKernels {
   double (*sum)(int64_t n, const T* x);
   // out = x - mean, the mean rounded to T.
   void (*subtract)(int64_t n, const T* x, double mean, T* out);
+  // The same, written past the caches; null below the level of AVX-512.
+  void (*subtract_past_caches)(int64_t n, const T* x, double mean, T* out);
   // Both, for `runs` runs of n <= kRunChunk values, one after another.
   void (*center_runs)(int64_t runs, int64_t n, const T* x, T* out);
   // sums (cols) = column sums of x (rows, cols), rows <= kColumnChunk; more rows are summed in
@@ -186,6 +188,9 @@ struct Tuning {
   int64_t copying;
   // kMemory or kMemoryByLevel2.
   Source memory;
+  // Bytes of the level-3 cache of a processor that gains where what does not fit in it is written
+  // past it. 0: none.
+  int64_t level3;
 };
 
 struct Kernels {

@@ -77,8 +77,8 @@ constexpr int kUnroll = MYLAYERS_LEVEL == 2 ? 1 : 4;
 // of 4096 x 4096, on one thread, 1.06 to 1.1 times in runs of 2048 columns. On the Zen 5 float16 of
 // 65 to 128 rows streams at 0.99 to 1.08 of the speed of tiles on a core of its own, at 0.83 to
 // 0.94 on one that others slow down.
-constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 64, 0, 2048, 0, Source::kMemory}
-                                               : Tuning{48, 32, 16, 4096, 32, Source::kMemory};
+constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 64, 0, 2048, 0, Source::kMemory, 0}
+                                               : Tuning{48, 32, 16, 4096, 32, Source::kMemory, 0};
 constexpr bool kCopies = kTuning.copying > 0;
 
 template <class C>
@@ -1870,6 +1870,36 @@ void subtract(int64_t count, const T* x, double mean, T* out) {
   for_vectors_towards<C, kDown>(count, BODY { store_n(out + j, load_n(x + j, n) - m, n); });
 }
 
+#if MYLAYERS_LEVEL == 2
+// Past the caches, to an address that is a multiple of the vector's size.
+template <class T>
+INLINE void store_past_caches(T* p, vec<acc_t<T>> v) {
+  T lanes[kLanes<acc_t<T>>];
+  store(lanes, v);
+  if constexpr (sizeof(lanes) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), load_bits<__m512i>(lanes));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_bits<__m256i>(lanes));
+  }
+}
+
+template <class T>
+void subtract_past_caches(int64_t count, const T* x, double mean, T* out) {
+  using C = acc_t<T>;
+  constexpr int64_t L = kLanes<C>;
+  const auto first = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) / sizeof(T) % L);
+  const int64_t head = first < count ? first : count;
+  const vec<C> m = rounded<T>(splat(static_cast<C>(mean)));
+  for_vectors_down<C>(
+      count - head, BODY {
+        const vec<C> v = load_n(x + head + j, n) - m;
+        n == L ? store_past_caches(out + head + j, v) : store_n(out + head + j, v, n);
+      });
+  for_vectors_down<C>(head, BODY { store_n(out + j, load_n(x + j, n) - m, n); });
+  _mm_sfence();  // other threads may read it after the next barrier
+}
+#endif
+
 // Runs shorter than a vector, in blocks of many: their values are summed one after another, and
 // subtracted in vectors across the ends of runs.
 template <class T>
@@ -2050,6 +2080,11 @@ constexpr StorageKernels<T> kStorage = {
     mask<T>,
     sum<T>,
     subtract<T>,
+#if MYLAYERS_LEVEL == 2
+    subtract_past_caches<T>,
+#else
+    nullptr,
+#endif
     center_runs<T>,
     column_sums<T>,
     subtract_columns<T>,
