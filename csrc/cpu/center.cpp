@@ -131,30 +131,40 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
     return;
   }
   const int64_t per_slice = ceil_div(s.count, kColumnChunk), chunks = s.outer * per_slice;
+  const int64_t rows = s.outer * s.count, blocks = ceil_div(s.inner, 64);
+  // Threads sum chunks of rows, whose rows they find in their caches when they subtract, unless one
+  // would get 1.6 times its part of the rows or more; then columns.
+  const bool by_rows =
+      5 * ceil_div(chunks, shares) * std::min(kColumnChunk, s.count) * shares < 8 * rows;
+  const auto first_row = [&](int64_t chunk) {
+    return chunk / per_slice * s.count + chunk % per_slice * kColumnChunk;
+  };
   const Scratch<double> sums(chunks * s.inner);
   Team::run(shares, [&](const Team& team) {
-    const auto [first, last] = team.share(chunks);
+    const auto [first, last] = by_rows ? team.share(chunks) : std::pair(int64_t{0}, chunks);
+    const auto [left, right] = by_rows ? std::pair(int64_t{0}, blocks) : team.share(blocks);
+    const int64_t skipped = left * 64, summed = std::min(s.inner, right * 64) - skipped;
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t i = chunk % per_slice * kColumnChunk;
       storage.column_sums(
-          std::min(kColumnChunk, s.count - i), s.inner,
-          x + (chunk / per_slice * s.count + i) * s.inner, s.inner, sums.get() + chunk * s.inner);
+          std::min(kColumnChunk, s.count - chunk % per_slice * kColumnChunk), summed,
+          x + first_row(chunk) * s.inner + skipped, s.inner,
+          sums.get() + chunk * s.inner + skipped);
     }
     team.barrier();
-    for (int64_t end = last, begin; end > first; end = begin) {  // slices, downwards too
-      const int64_t o = (end - 1) / per_slice;
-      begin = std::max(first, o * per_slice);
-      const int64_t i = begin % per_slice * kColumnChunk;
-      const int64_t rows = std::min(s.count - i, (end - begin) * kColumnChunk);
+    const auto [begin, end] =
+        by_rows ? std::pair(first_row(first), first_row(last)) : team.share(rows);
+    for (int64_t above, below = end; below > begin; below = above) {  // slices, downwards too
+      const int64_t o = (below - 1) / s.count;
+      above = std::max(begin, o * s.count);
       for (int64_t j = 0; j < s.inner; j += width) {
-        const int64_t cols = std::min(width, s.inner - j), at = (o * s.count + i) * s.inner + j;
+        const int64_t cols = std::min(width, s.inner - j), at = above * s.inner + j;
         double total[kStrip] = {};
         for (int64_t c = o * per_slice; c < (o + 1) * per_slice; ++c) {
           for (int64_t column = 0; column < cols; ++column) {
             total[column] += sums[c * s.inner + j + column];
           }
         }
-        storage.subtract_columns(rows, cols, x + at, s.inner, total, s.count, out + at);
+        storage.subtract_columns(below - above, cols, x + at, s.inner, total, s.count, out + at);
       }
     }
   });
