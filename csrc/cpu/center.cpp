@@ -32,11 +32,13 @@ constexpr int64_t kRunInCache = 1 << 14;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether a result of so many bytes is written past the caches: on processors that gain by it
-// (Tuning), where it and x do not fit in level 3 together. At 16 MiB and more that took 0.74 to
-// 0.99 of the time on one thread, 0.67 to 0.94 on two; with a sum of the result behind it 0.85 to
-// 0.99 and 0.88 to 0.97. A quarter more on several threads: where both just fitted, that pair took
-// up to 1.3 times as long on two. From 32 MiB, malloc's largest threshold, results are fresh
-// memory, whose pages the operating system has just written to the caches.
+// (Tuning), where it and x do not fit in level 3 together. Of whole tensors and of rows that took
+// 0.67 to 0.99 of the time, of columns 0.41 to 0.89; with a sum of the result behind it 0.85 to
+// 0.99 and 0.58 to 1. A quarter more on several threads: where both just fitted, that pair took up
+// to 1.3 times as long on two. From 32 MiB, malloc's largest threshold, results are fresh memory,
+// whose pages the operating system has just written to the caches. Runs, or rows of columns, that
+// end within a cache line are not written so: of lines written in two parts, columns took 1.4 times
+// as long.
 bool past_caches(int64_t bytes, int64_t shares) {
   constexpr int64_t kFresh = int64_t{32} << 20;
   const int64_t level3 = kernels().tuning.level3;
@@ -56,7 +58,8 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
   constexpr int64_t kSize = sizeof(T);
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
-  const bool past = past_caches(s.elements() * kSize, shares);
+  const bool past = (s.lead * s.outer == 1 || s.count * kSize % 64 == 0) &&
+                    past_caches(s.elements() * kSize, shares);
   if (s.lead == 1 && s.count * kSize <= (past ? kRunInCache / 2 : kRunInCache) &&
       (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
     each_on_one_thread(s.outer, s.count, [&](int64_t begin, int64_t end) {
@@ -65,7 +68,6 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
     });
     return;
   }
-  const auto subtract = past ? storage.subtract_past_caches : storage.subtract;
   const int64_t per_run = ceil_div(s.count, kRunChunk), chunks = s.lead * s.outer * per_run;
   c10::SmallVector<double, 64> sums, means;  // on the stack for up to 2^19 values
   sums.resize_for_overwrite(chunks);
@@ -100,7 +102,7 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
       begin = std::max(first, run * per_run);
       const int64_t skipped = (begin - run * per_run) * kRunChunk, at = run * s.count + skipped;
       const int64_t n = std::min(s.count - skipped, (end - begin) * kRunChunk);
-      subtract(n, x + at, s.lead > 1 ? means[o] : mean(o), out + at);
+      storage.subtract(n, x + at, s.lead > 1 ? means[o] : mean(o), out + at, past);
       --run;
       o = (o == 0 ? s.outer : o) - 1;
     }
@@ -110,8 +112,10 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
 // inner > 1: a mean per column of each (count, inner) slice.
 template <class T>
 void center_columns(const CenterSizes& s, const T* x, T* out) {
+  constexpr int64_t kSize = sizeof(T);
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
+  const bool past = s.inner * kSize % 64 == 0 && past_caches(s.elements() * kSize, shares);
   // Strips of equal width, in whole cache lines.
   const int64_t strips = ceil_div(s.inner, kStrip);
   const int64_t width = std::min(s.inner, ceil_div(ceil_div(s.inner, strips), 64) * 64);
@@ -119,13 +123,13 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
     each_on_one_thread(s.outer * strips, s.count * width, [&](int64_t begin, int64_t end) {
       if (strips == 1) {
         const int64_t at = begin * s.count * s.inner;
-        storage.center_columns(end - begin, s.count, s.inner, x + at, s.inner, out + at);
+        storage.center_columns(end - begin, s.count, s.inner, x + at, s.inner, out + at, past);
         return;
       }
       for (; begin < end; ++begin) {
         const int64_t j = begin % strips * width, cols = std::min(width, s.inner - j);
         const int64_t at = begin / strips * s.count * s.inner + j;
-        storage.center_columns(1, s.count, cols, x + at, s.inner, out + at);
+        storage.center_columns(1, s.count, cols, x + at, s.inner, out + at, past);
       }
     });
     return;
@@ -164,7 +168,8 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
             total[column] += sums[c * s.inner + j + column];
           }
         }
-        storage.subtract_columns(below - above, cols, x + at, s.inner, total, s.count, out + at);
+        storage.subtract_columns(
+            below - above, cols, x + at, s.inner, total, s.count, out + at, past);
       }
     }
   });

@@ -125,10 +125,9 @@ struct StorageKernels {
   // Sum of n contiguous values, n <= kRunChunk; longer runs are summed in chunks of that size,
   // whose sums are added in order.
   double (*sum)(int64_t n, const T* x);
-  // out = x - mean, the mean rounded to T.
-  void (*subtract)(int64_t n, const T* x, double mean, T* out);
-  // The same, written past the caches; null below the level of AVX-512.
-  void (*subtract_past_caches)(int64_t n, const T* x, double mean, T* out);
+  // out = x - mean, the mean rounded to T. `past_caches`: out is written to memory at once, by
+  // AVX-512.
+  void (*subtract)(int64_t n, const T* x, double mean, T* out, bool past_caches);
   // Both, for `runs` runs of n <= kRunChunk values, one after another.
   void (*center_runs)(int64_t runs, int64_t n, const T* x, T* out);
   // sums (cols) = column sums of x (rows, cols), rows <= kColumnChunk; more rows are summed in
@@ -137,10 +136,11 @@ struct StorageKernels {
   // out (rows, cols), rows x_row apart too, = x - sums / count, rounded to T; cols <= kStrip.
   void (*subtract_columns)(
       int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
-      T* out);
+      T* out, bool past_caches);
   // Both, for `slices` slices of (rows, cols), one after another; cols <= kStrip.
   void (*center_columns)(
-      int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out);
+      int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out,
+      bool past_caches);
 };
 
 // What the processor's 16-bit matrix units need beside it.

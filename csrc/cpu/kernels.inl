@@ -370,11 +370,6 @@ INLINE void for_vectors_down(int64_t count, Body body) {
   }
 }
 
-template <class C, bool kDown, class Body>
-INLINE void for_vectors_towards(int64_t count, Body body) {
-  kDown ? for_vectors_down<C>(count, body) : for_vectors<C>(count, body);
-}
-
 #define BODY [&](int64_t j, int n) __attribute__((always_inline))
 
 // ---- activations --------------------------------------------------------------------
@@ -1857,21 +1852,15 @@ double sum(int64_t count, const T* x) {
   return sum_lanes(parts[0] + parts[1]);
 }
 
-// A subtraction goes downwards: the pass of the sums went upwards, and what it has read last is
-// still in cache. Against upwards: 1.18 of the speed at 2^20 values on two threads, 1.06 to 1.14 at
-// 2^16 to 2^19 on one, 0.94 to 0.97 above 2^20 on one. It goes upwards where many slices that fit
-// in cache follow each other: downwards in each, the prefetcher starts anew at every turn, and
-// (4096, 1000) ran at 0.8 of the speed.
-template <class T, bool kDown = true>
-void subtract(int64_t count, const T* x, double mean, T* out) {
-  using C = acc_t<T>;
-  // x - x.mean() subtracts a mean of x's own dtype.
-  const vec<C> m = rounded<T>(splat(static_cast<C>(mean)));
-  for_vectors_towards<C, kDown>(count, BODY { store_n(out + j, load_n(x + j, n) - m, n); });
-}
+// How a subtraction writes. It goes downwards: the pass of the sums went upwards, and what it has
+// read last is still in cache. Against upwards: 1.18 of the speed at 2^20 values on two threads,
+// 1.06 to 1.14 at 2^16 to 2^19 on one, 0.94 to 0.97 above 2^20 on one. It goes upwards where many
+// slices that fit in cache follow each other: downwards in each, the prefetcher starts anew at
+// every turn, and (4096, 1000) ran at 0.8 of the speed. Below AVX-512 the last is as kDown.
+enum class Way { kUp, kDown, kDownPastCaches };
 
 #if MYLAYERS_LEVEL == 2
-// Past the caches, to an address that is a multiple of the vector's size.
+// A whole vector, to an address that is a multiple of its size.
 template <class T>
 INLINE void store_past_caches(T* p, vec<acc_t<T>> v) {
   T lanes[kLanes<acc_t<T>>];
@@ -1882,23 +1871,52 @@ INLINE void store_past_caches(T* p, vec<acc_t<T>> v) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_bits<__m256i>(lanes));
   }
 }
+#endif
+
+// out = value(j, n) for every vector of `count` elements.
+template <class T, Way kWay, class Value>
+INLINE void write_vectors(int64_t count, T* out, Value value) {
+  using C = acc_t<T>;
+  constexpr int L = kLanes<C>;
+  if constexpr (kWay == Way::kDownPastCaches && MYLAYERS_LEVEL == 2) {
+    const auto unaligned = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) / sizeof(T) % L);
+    const int64_t head = unaligned < count ? unaligned : count;
+    for_vectors_down<C>(
+        count - head, BODY {
+          const vec<C> v = value(head + j, n);
+          n == L ? store_past_caches(out + head + j, v) : store_n(out + head + j, v, n);
+        });
+    for_vectors_down<C>(head, BODY { store_n(out + j, value(j, n), n); });
+  } else if constexpr (kWay == Way::kUp) {
+    for_vectors<C>(count, BODY { store_n(out + j, value(j, n), n); });
+  } else {
+    for_vectors_down<C>(count, BODY { store_n(out + j, value(j, n), n); });
+  }
+}
+
+// Other threads can read all that was written after their next barrier.
+template <Way kWay>
+INLINE void finish_writing() {
+#if MYLAYERS_LEVEL == 2
+  if constexpr (kWay == Way::kDownPastCaches) {
+    _mm_sfence();
+  }
+#endif
+}
+
+template <class T, Way kWay>
+void subtract_in(int64_t count, const T* x, double mean, T* out) {
+  // x - x.mean() subtracts a mean of x's own dtype.
+  const vec<acc_t<T>> m = rounded<T>(splat(static_cast<acc_t<T>>(mean)));
+  write_vectors<T, kWay>(count, out, BODY { return load_n(x + j, n) - m; });
+  finish_writing<kWay>();
+}
 
 template <class T>
-void subtract_past_caches(int64_t count, const T* x, double mean, T* out) {
-  using C = acc_t<T>;
-  constexpr int64_t L = kLanes<C>;
-  const auto first = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) / sizeof(T) % L);
-  const int64_t head = first < count ? first : count;
-  const vec<C> m = rounded<T>(splat(static_cast<C>(mean)));
-  for_vectors_down<C>(
-      count - head, BODY {
-        const vec<C> v = load_n(x + head + j, n) - m;
-        n == L ? store_past_caches(out + head + j, v) : store_n(out + head + j, v, n);
-      });
-  for_vectors_down<C>(head, BODY { store_n(out + j, load_n(x + j, n) - m, n); });
-  _mm_sfence();  // other threads may read it after the next barrier
+void subtract(int64_t count, const T* x, double mean, T* out, bool past_caches) {
+  (past_caches ? subtract_in<T, Way::kDownPastCaches> : subtract_in<T, Way::kDown>)(count, x, mean,
+                                                                                    out);
 }
-#endif
 
 // Runs shorter than a vector, in blocks of many: their values are summed one after another, and
 // subtracted in vectors across the ends of runs.
@@ -1939,7 +1957,8 @@ void center_runs(int64_t runs, int64_t count, const T* x, T* out) {
     return;
   }
   for (int64_t r = 0; r < runs; ++r, x += count, out += count) {
-    subtract<T, false>(count, x, sum(count, x) / static_cast<double>(count), out);
+    const double mean = sum(count, x) / static_cast<double>(count);
+    subtract_in<T, Way::kUp>(count, x, mean, out);
   }
 }
 
@@ -2012,8 +2031,8 @@ void column_sums(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* 
   }
 }
 
-template <class T, bool kDown = true>
-void subtract_columns(
+template <class T, Way kWay>
+void subtract_columns_in(
     int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
     T* out) {
   using C = acc_t<T>;
@@ -2035,27 +2054,37 @@ void subtract_columns(
     static_assert(L * kNarrow <= kStrip);
     const int64_t blocks = (size + block - 1) / block;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t at = (kDown ? blocks - 1 - b : b) * block;
-      for_vectors_towards<C, kDown>(
-          size - at < block ? size - at : block,
-          BODY { store_n(out + at + j, load_n(x + at + j, n) - load_n(mean + j, n), n); });
+      const int64_t at = (kWay == Way::kUp ? b : blocks - 1 - b) * block;
+      write_vectors<T, kWay>(
+          size - at < block ? size - at : block, out + at,
+          BODY { return load_n(x + at + j, n) - load_n(mean + j, n); });
     }
+    finish_writing<kWay>();
     return;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (kDown ? rows - 1 - i : i) * x_row;
-    for_vectors_towards<C, kDown>(
-        cols, BODY { store_n(out + at + j, load_n(x + at + j, n) - load_n(mean + j, n), n); });
+    const int64_t at = (kWay == Way::kUp ? i : rows - 1 - i) * x_row;
+    write_vectors<T, kWay>(
+        cols, out + at, BODY { return load_n(x + at + j, n) - load_n(mean + j, n); });
   }
+  finish_writing<kWay>();
+}
+
+template <class T>
+void subtract_columns(
+    int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
+    T* out, bool past_caches) {
+  (past_caches ? subtract_columns_in<T, Way::kDownPastCaches>
+               : subtract_columns_in<T, Way::kDown>)(rows, cols, x, x_row, sums, count, out);
 }
 
 // Values of a slice up to which its columns are subtracted from upwards too.
 constexpr int64_t kSmallSlice = 1 << 15;
 
 template <class T>
-void center_columns(int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out) {
-  const auto subtract_slice =
-      rows * cols <= kSmallSlice ? subtract_columns<T, false> : subtract_columns<T>;
+void center_columns(
+    int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out,
+    bool past_caches) {
   for (int64_t s = 0; s < slices; ++s, x += rows * x_row, out += rows * x_row) {
     double total[kStrip], chunk[kStrip];
     for (int64_t i = 0; i < rows; i += kColumnChunk) {
@@ -2066,7 +2095,11 @@ void center_columns(int64_t slices, int64_t rows, int64_t cols, const T* x, int6
         total[j] += chunk[j];
       }
     }
-    subtract_slice(rows, cols, x, x_row, total, rows, out);
+    if (rows * cols <= kSmallSlice && !past_caches) {
+      subtract_columns_in<T, Way::kUp>(rows, cols, x, x_row, total, rows, out);
+    } else {
+      subtract_columns(rows, cols, x, x_row, total, rows, out, past_caches);
+    }
   }
 }
 
@@ -2080,11 +2113,6 @@ constexpr StorageKernels<T> kStorage = {
     mask<T>,
     sum<T>,
     subtract<T>,
-#if MYLAYERS_LEVEL == 2
-    subtract_past_caches<T>,
-#else
-    nullptr,
-#endif
     center_runs<T>,
     column_sums<T>,
     subtract_columns<T>,
