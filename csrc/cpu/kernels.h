@@ -49,8 +49,8 @@ constexpr bool fits_in_tile(Activation act) {
 // columns.
 constexpr int64_t kRunChunk = 1 << 13;
 constexpr int64_t kColumnChunk = 256;
-// Columns whose sums and means are kept in level-1 cache.
-constexpr int64_t kStrip = 1024;
+// Columns whose sums and means are kept on the stack, in cache.
+constexpr int64_t kStrip = 4096;
 
 // Where a weight is likely to be.
 enum class Source {
