@@ -179,11 +179,12 @@ def test_a_row_has_the_same_bits_in_every_batch(length, dtype):
         assert same_bits(functional.center(x[:rows], -1), alone[:rows]), f"{rows} rows"
 
 
+# Results of 24 MiB, which a processor may be told to write past its caches where rows are whole
+# cache lines.
 @every_dtype
-def test_results_larger_than_a_cache_have_the_bits_of_their_rows_alone(dtype):
-    # 24 MiB with its rows' ends anywhere in a cache line, which a processor may be told to write
-    # past its caches.
-    x = samples.drawer("large", dtype)(24 * 2**20 // dtype.itemsize // 8195, 8195)
+@pytest.mark.parametrize("length", [8195, 8224])
+def test_rows_of_a_result_larger_than_a_cache_have_the_bits_of_each_alone(length, dtype):
+    x = samples.drawer("large", dtype)(24 * 2**20 // dtype.itemsize // length, length)
     alone = torch.cat([functional.center(row, -1) for row in x.split(1)])
     whole = functional.center(x)
     check_values(whole, x, None)
@@ -191,6 +192,21 @@ def test_results_larger_than_a_cache_have_the_bits_of_their_rows_alone(dtype):
         with num_threads(threads):
             assert same_bits(functional.center(x, -1), alone), f"{threads} threads"
             assert same_bits(functional.center(x), whole), f"{threads} threads"
+
+
+@every_dtype
+@pytest.mark.parametrize("columns", [64, 1056, 1057, 8224])
+@pytest.mark.parametrize("slices", [1, 50])
+def test_columns_of_a_result_larger_than_a_cache_have_the_bits_of_some_alone(
+    slices, columns, dtype
+):
+    rows = 24 * 2**20 // dtype.itemsize // columns // slices
+    x = samples.drawer("large", dtype)(slices, rows, columns)
+    quarters = (part.contiguous() for part in x.chunk(4, dim=2))
+    alone = torch.cat([functional.center(part, 1) for part in quarters], 2)
+    for threads in (1, 2):
+        with num_threads(threads):
+            assert same_bits(functional.center(x, 1), alone), f"{threads} threads"
 
 
 @every_dtype
