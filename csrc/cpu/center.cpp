@@ -26,11 +26,11 @@ constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kSlicesPerThread = 4;
 // Bytes of a run up to which it is subtracted from before the next is summed: half of a level-1
 // cache. All runs of 24 KiB and more are summed first, which took 0.84 to 0.97 of the time in
-// 16 MiB and 0.8 to 1.08 in less; with runs of 16 KiB it took up to 1.35 times as long.
+// 16 MiB and 0.8 to 1.08 in less; with runs of 16 KiB it took up to 1.35 times as long. Half of it
+// where the result is written past the caches.
 constexpr int64_t kRunInCache = 1 << 14;
-
-// Columns of a strip where there are more than kStrip: 8192 and 16384 columns in strips of that
-// width took 1.3 times as long.
+// Columns of a strip where there are more than kStrip: 8192 and 16384 columns in one strip took 1.3
+// times as long.
 constexpr int64_t kWideStrip = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -40,13 +40,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // 0.67 to 0.99 of the time, of columns 0.41 to 0.89; with a sum of the result behind it 0.85 to
 // 0.99 and 0.58 to 1. A quarter more on several threads: where both just fitted, that pair took up
 // to 1.3 times as long on two. From 32 MiB, malloc's largest threshold, results are fresh memory,
-// whose pages the operating system has just written to the caches. Runs, or rows of columns, that
-// end within a cache line are not written so: of lines written in two parts, columns took 1.4 times
-// as long.
-bool past_caches(int64_t bytes, int64_t shares) {
-  constexpr int64_t kFresh = int64_t{32} << 20;
+// whose pages the operating system has just written to the caches. Its rows, of row_bytes, must be
+// whole cache lines: of lines written in two parts, columns took 1.2 to 1.5 times as long.
+bool past_caches(const void* out, int64_t row_bytes, int64_t bytes, int64_t shares) {
+  constexpr int64_t kLine = 64, kFresh = int64_t{32} << 20;
   const int64_t level3 = kernels().tuning.level3;
-  return level3 > 0 && bytes < kFresh && 2 * bytes >= (shares == 1 ? level3 : level3 / 4 * 5);
+  return level3 > 0 && bytes < kFresh && 2 * bytes >= (shares == 1 ? level3 : level3 / 4 * 5) &&
+         row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0;
 }
 
 // body(begin, end) for slices of one thread, whose second pass finds in its cache what the first
@@ -62,8 +62,8 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
   constexpr int64_t kSize = sizeof(T);
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
-  const bool past = (s.lead * s.outer == 1 || s.count * kSize % 64 == 0) &&
-                    past_caches(s.elements() * kSize, shares);
+  const int64_t row_bytes = s.lead * s.outer == 1 ? 0 : s.count * kSize;  // 0: no second row
+  const bool past = past_caches(out, row_bytes, s.elements() * kSize, shares);
   if (s.lead == 1 && s.count * kSize <= (past ? kRunInCache / 2 : kRunInCache) &&
       (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
     each_on_one_thread(s.outer, s.count, [&](int64_t begin, int64_t end) {
@@ -119,7 +119,7 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
   constexpr int64_t kSize = sizeof(T);
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
-  const bool past = s.inner * kSize % 64 == 0 && past_caches(s.elements() * kSize, shares);
+  const bool past = past_caches(out, s.inner * kSize, s.elements() * kSize, shares);
   // Strips of equal width, in whole cache lines.
   const int64_t strips = s.inner <= kStrip ? 1 : ceil_div(s.inner, kWideStrip);
   const int64_t width = std::min(s.inner, ceil_div(ceil_div(s.inner, strips), 64) * 64);

@@ -125,8 +125,8 @@ struct StorageKernels {
   // Sum of n contiguous values, n <= kRunChunk; longer runs are summed in chunks of that size,
   // whose sums are added in order.
   double (*sum)(int64_t n, const T* x);
-  // out = x - mean, the mean rounded to T. `past_caches`: out is written to memory at once, by
-  // AVX-512.
+  // out = x - mean, the mean rounded to T. `past_caches`: out, of which every row begins a
+  // cache line, is written to memory at once, by AVX-512.
   void (*subtract)(int64_t n, const T* x, double mean, T* out, bool past_caches);
   // Both, for `runs` runs of n <= kRunChunk values, one after another.
   void (*center_runs)(int64_t runs, int64_t n, const T* x, T* out);

@@ -1879,14 +1879,10 @@ INLINE void write_vectors(int64_t count, T* out, Value value) {
   using C = acc_t<T>;
   constexpr int L = kLanes<C>;
   if constexpr (kWay == Way::kDownPastCaches && MYLAYERS_LEVEL == 2) {
-    const auto unaligned = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) / sizeof(T) % L);
-    const int64_t head = unaligned < count ? unaligned : count;
     for_vectors_down<C>(
-        count - head, BODY {
-          const vec<C> v = value(head + j, n);
-          n == L ? store_past_caches(out + head + j, v) : store_n(out + head + j, v, n);
+        count, BODY {
+          n == L ? store_past_caches(out + j, value(j, n)) : store_n(out + j, value(j, n), n);
         });
-    for_vectors_down<C>(head, BODY { store_n(out + j, value(j, n), n); });
   } else if constexpr (kWay == Way::kUp) {
     for_vectors<C>(count, BODY { store_n(out + j, value(j, n), n); });
   } else {
