@@ -9,7 +9,11 @@ import io
 import itertools
 import json
 import math
+import os
 import re
+import shlex
+import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -641,6 +645,26 @@ def test_limits_of_this_machine_are_sane(bench):
     # A node is the call and the engine's round besides.
     assert limits.calls["+ allocation"] < limits.nodes[1] < 1e-2
     assert bench.report.limits_table({1: limits}).row_count > 10
+
+
+def test_the_shapes_of_tiles_are_in_memory_when_they_are_read(tmp_path):
+    """On any machine: a program without them dies where there are tiles."""
+    source, assembly, program = (tmp_path / f"tiles.{kind}" for kind in ("cpp", "s", "o"))
+    source.write_text(
+        f'#include "{ROOT / "benchmarks" / "peaks.h"}"\n'
+        "double peak() { return peaks(1, 0, 1)[0].second; }\n"
+    )
+    for options in (["-S", "-o", assembly], ["-c", "-o", program]):
+        flags = ["-std=c++20", "-O3", "-march=sapphirerapids"]
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        subprocess.run([*compiler, *flags, *options, source], check=True)
+    text = assembly.read_text()
+    names = set(re.findall(r"ldtilecfg\s+(\w+)\(%rip\)", text))
+    assert len(names) == text.count("ldtilecfg") == 1
+    assert re.search(rf"\.size\s+{names.pop()}, 64\b", text)
+    # Palette 1, then for each of eight tiles the bytes of a row and the number of rows.
+    shapes = struct.pack("<BB14x8H16x8B8x", 1, 0, *[64] * 8, *[16] * 8)
+    assert shapes in program.read_bytes()
 
 
 def test_without_a_compiler_there_are_no_limits_and_the_reason_is_one_line(
