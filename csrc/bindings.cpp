@@ -14,6 +14,7 @@
 
 #include "center.h"
 #include "cpu/gemm.h"
+#include "cpu/gemm_amx.h"
 #include "cpu/huge_pages.h"
 #include "linear_act.h"
 #include "sequential.h"
@@ -471,6 +472,7 @@ py::dict build_info() {
 #endif
   info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
+  info["amx"] = mylayers::cpu::has_amx();
   info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();
   return info;

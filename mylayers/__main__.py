@@ -81,7 +81,8 @@ def main() -> int:
     print(f"  built for    torch {info['torch']}, {info['compiler']}, C++ {info['cplusplus']}")
     sets = ", ".join(info["instruction_sets"])
     print(f"  CPU kernels  {sets}; this machine runs {info['kernels']}")
-    units = "the 16-bit matrix units" if info["bfloat16_units"] else "float32 arithmetic"
+    units = "AVX512-BF16" if info["bfloat16_units"] else "float32 arithmetic"
+    units = "the tiles of AMX" if info["amx"] else units
     print(f"  bfloat16     on {units}")
     print(f"  huge pages   {'asked for' if info['huge_pages'] else 'not asked for'}")
     shared = "PyTorch's own" if info["openmp"] else "but kernels use one: built without OpenMP"

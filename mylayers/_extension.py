@@ -34,7 +34,9 @@ def build_info() -> dict[str, Any]:
         - ``instruction_sets``: those compiled; ``kernels``: the one that this processor runs
           (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels are).
         - ``bfloat16_units``: whether bfloat16 products run on the processor's 16-bit matrix
-          units, which take subnormal values for zero.
+          units (AVX512-BF16 or AMX), which take subnormal values for zero; ``amx``: whether on
+          the tiles of AMX, which float32 products take too where PyTorch's setting
+          ``torch.set_float32_matmul_precision("medium")`` allows it.
         - ``huge_pages``: whether results of 4 MiB and more ask Linux for huge pages (not with
           ``MYLAYERS_HUGE_PAGES=0``, read once at the first of them).
         - ``openmp``: whether kernels share PyTorch's threads.
@@ -45,7 +47,7 @@ def build_info() -> dict[str, Any]:
     Example:
         >>> import mylayers
         >>> sorted(mylayers.build_info())[:4]
-        ['bfloat16_units', 'compiler', 'cplusplus', 'cuda']
+        ['amx', 'bfloat16_units', 'compiler', 'cplusplus']
     """
     return {**_C.build_info(), "file": os.path.abspath(_C.__file__)}
 

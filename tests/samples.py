@@ -145,6 +145,7 @@ _LARGE_PRODUCTS = [
     ((240,), 256, 64),
     ((241,), 257, 65),
     ((481,), 513, 128),
+    ((300,), 600, 530),
     ((3, 5, 17), 40, 33),
     # Rows of 4 KiB in float32: of the input, of the weight and the gradient, of a large weight.
     ((75,), 1024, 139),

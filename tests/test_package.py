@@ -56,6 +56,8 @@ def test_build_info_tells_what_was_built():
     assert info["kernels"] in info["instruction_sets"]
     assert "generic" in info["instruction_sets"]
     assert isinstance(info["bfloat16_units"], bool)
+    assert isinstance(info["amx"], bool)
+    assert info["bfloat16_units"] or not info["amx"]
     assert Path(info["file"]).parent == INSTALLED
     assert info["cuda_detail"]
 

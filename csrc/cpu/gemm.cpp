@@ -1,44 +1,21 @@
 #include "gemm.h"
 
 #include <ATen/Context.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <type_traits>
 
+#include "gemm_amx.h"
 #include "scratch.h"
-
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
-#include <cpuid.h>
-#define MYLAYERS_BRGEMM 1
-#else
-#define MYLAYERS_BRGEMM 0
-#endif
 
 namespace mylayers::cpu {
 
-// Through oneDNN's generated micro-kernels, as PyTorch calls them: they outrun widening to
-// float32 twice on AVX512-BF16, and reach AMX. DNNL_MAX_CPU_ISA may forbid what the processor
-// could do, so one product is tried.
 bool has_bf16_units() {
-#if MYLAYERS_BRGEMM
-  static const bool usable = [] {
-    if (!__builtin_cpu_supports("avx512bf16")) {  // AMX never comes without it
-      return false;
-    }
-    const at::BFloat16 a[2] = {1, 2};
-    const at::BFloat16 b[2 * kPanel] = {3, 4};
-    float c[kPanel];
-    try {
-      at::native::cpublas::brgemm(1, 16, 2, 2, kPanel, kPanel, false, a, b, c);
-      at::native::cpublas::brgemm_release();
-    } catch (const c10::Error&) {
-      return false;
-    }
-    return c[0] == 11;
-  }();
-  return usable && at::globalContext().userEnabledMkldnn();
+#if defined(__x86_64__)
+  static const bool usable =
+      kernels().bf16_pairs.block != nullptr && __builtin_cpu_supports("avx512bf16");
+  return usable;
 #else
   return false;
 #endif
@@ -48,10 +25,9 @@ namespace {
 
 // One task: at most this many rows of a and columns of b. Its share of the output, of a for one
 // depth and of b where that is packed then stay in level-2 cache, while rows of b are read in
-// runs of 2 KiB (512 bytes for brgemm, whose panels are packed one depth at a time).
+// runs of 2 KiB.
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kColumnBlock = 512;
-constexpr int64_t kUnitColumns = 256;
 // Tasks of our own bfloat16 tiles are higher, as each packs its share of the weight: 1024 x 1024 x
 // 1024 took 1.02 to 1.07 times as long in 256 rows, 1024 x 256 x 256 1.02 to 1.05. In float16,
 // whose sums lie in scratch memory of 1 MiB then, 1024 x 256 x 256 took 2.3 times as long.
@@ -82,10 +58,6 @@ constexpr int64_t kManyPairRows = 16;
 // half as often: 1.02 to 1.04 times as fast.
 constexpr int64_t kDepthBlock = 256;
 constexpr int64_t kShallowRows = 32;
-// Rows of one call of a matrix unit's kernel. One is generated and kept for each number of rows,
-// so the rest is cut into powers of two.
-constexpr int64_t kUnitRows = 64;
-constexpr int64_t kUnitDepth = 512;
 // Pairs are packed for so many columns and so deep, few rows taking long runs of b. Only one panel
 // of them (128 KiB) and the rows of a are read again and again: 4096 x 1024 x 1024 took 1.07 times
 // as long in tasks of 256 columns, 512 deep, that stay in level-2 cache as a whole.
@@ -93,6 +65,10 @@ constexpr int64_t kPackedPairs = 1 << 19;
 constexpr int64_t kMostPairColumns = 1024;
 constexpr int64_t kLeastPairDepth = 64;
 constexpr int64_t kWidestLane = 16;
+// Terms up to which a product of 16 bits is written in bands of whole rows on every processor, its
+// sums going through level-1 cache instead of level 2.
+constexpr int64_t kFlatNarrow = 16;
+constexpr int64_t kFlatRows = 32;
 // Multiply-adds below which a second thread costs more than it saves.
 constexpr double kSerialWork = 1 << 19;
 // Long sums are cut into pieces of at least this many terms.
@@ -111,47 +87,45 @@ bool spans(int64_t bytes, int64_t k, const Matrix<T>& b) {
   return k * b.row * static_cast<int64_t>(sizeof(T)) >= bytes;
 }
 
-// AMX multiplies through brgemm. AVX512-BF16 alone does so in tiles of our own: they need no
-// kernel per shape, no call per panel, and no sums in memory unless the depth is cut.
-bool has_pair_tiles() {
-#if MYLAYERS_BRGEMM
-  static const bool chosen = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-    return kernels().bf16_pairs.block != nullptr && !amx;
-  }();
-  return chosen;
-#else
-  return false;
-#endif
+// What multiplies bfloat16: AMX; else, of AVX512-BF16, tiles of pairs in registers; else float32.
+template <class T>
+bool uses_amx() {
+  return std::is_same_v<T, bfloat16_t> && has_amx();
 }
-
-// What multiplies T, if the processor's 16-bit matrix units do.
 template <class T>
 bool uses_pair_tiles() {
-  return std::is_same_v<T, bfloat16_t> && has_bf16_units() && has_pair_tiles();
-}
-template <class T>
-bool uses_brgemm() {
-  return std::is_same_v<T, bfloat16_t> && has_bf16_units() && !has_pair_tiles();
+  return std::is_same_v<T, bfloat16_t> && has_bf16_units() && !has_amx();
 }
 
-#if MYLAYERS_BRGEMM
-// a @ b for one panel of b's pairs, in calls that brgemm has kernels for.
-void unit_block(
-    int64_t m, int64_t cols, int64_t depth, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-    float* sums, bool accumulate) {
-  for (int64_t i = 0; i < m;) {
-    int64_t rows = kUnitRows;
-    while (rows > m - i) {
-      rows /= 2;
+// A bias as AMX's products add it.
+class WideBias {
+ public:
+  WideBias(int64_t n, const bfloat16_t* bias) : wide_(bias ? n : 0), bias_(wide_.get()) {
+    if (bias) {
+      kernels().bf16.pack(1, n, bias, n, 1, wide_.get(), n);
+    } else {
+      bias_ = nullptr;
     }
-    at::native::cpublas::brgemm(
-        rows, round_up(cols, kWidestLane), depth, a_row, kPanel, kPanel, accumulate,
-        reinterpret_cast<const at::BFloat16*>(a + i * a_row),
-        reinterpret_cast<const at::BFloat16*>(b), sums + i * kPanel);
-    i += rows;
   }
+  const float* get() const { return bias_; }
+
+ private:
+  Scratch<float> wide_;
+  const float* bias_;
+};
+
+// Weights of so many values, and no fewer columns or terms than a panel has, are rounded where
+// PyTorch's setting allows it: smaller ones are as fast in float32. The rows have no say, as their
+// bits would depend on how many there are.
+constexpr int64_t kRoundedWeight = 1 << 18;
+
+// Whether float32 is multiplied as bfloat16, summed in float32: where
+// torch.set_float32_matmul_precision("medium") or torch.backends.mkldnn.matmul.fp32_precision =
+// "bf16" let PyTorch's own products do so, on AMX.
+bool rounds_float32(int64_t n, int64_t k) {
+  return n >= kPanel && k >= kPanel && n * k >= kRoundedWeight && has_amx() &&
+         at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+             at::Float32Precision::BF16;
 }
 
 // As gemm_serial_bf16, for few rows of a and our own instructions, b as it lies in memory.
@@ -185,26 +159,23 @@ void stream_bf16(
   }
 }
 
-// As gemm_serial, on the 16-bit matrix units. Brgemm sums in an order that depends on the depth of
-// its call alone, and that is cut at fixed places; our own tiles have one order however it is cut.
-// So here too a row's bits are its own.
+// As gemm_serial, in tiles of pairs. They have one order of adding however the terms are cut, so
+// here too a row's bits are its own.
 template <class Out>
 void gemm_serial_bf16(
     int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b, Source source,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
-  const bool own = has_pair_tiles();
-  if (own && m <= kManyPairRows && b.col == 1 && n > kPanel) {
+  if (m <= kManyPairRows && b.col == 1 && n > kPanel) {
     return stream_bf16(m, n, k, a, b, source, bias, act, c, c_row);
   }
   const int64_t panels = ceil_div(n, kPanel);
-  const int64_t block =
-      own ? std::max(kLeastPairDepth, kPackedPairs / (panels * kPanel) / 2 * 2) : kUnitDepth;
+  const int64_t block = std::max(kLeastPairDepth, kPackedPairs / (panels * kPanel) / 2 * 2);
   const int64_t widest = std::min(round_up(k, 2), block);
   // Four lines more than a panel has: the next one would lie in the same sets of the caches.
   const int64_t panel_size = widest * kPanel + 2 * kPanel;
   const bool copy_a = a.col != 1 || k % 2 != 0;
-  const bool rounds_in_tile = own && std::is_same_v<Out, bfloat16_t> && fits_in_tile(act);
+  const bool rounds_in_tile = std::is_same_v<Out, bfloat16_t> && fits_in_tile(act);
   // A transposed copy writes a line of every row in turn: 1.08 times the time of a whole weight
   // gradient of 1024 x 1024 x 1024 while rows lay in the same sets.
   const int64_t a_row = 2 * apart(widest / 2);
@@ -224,10 +195,6 @@ void gemm_serial_bf16(
       const int64_t cols = std::min(kPanel, n - j * kPanel);
       const bfloat16_t* panel = b_panels.get() + j * panel_size;
       float* panel_sums = keeps_sums ? sums.get() + j * m * kPanel : nullptr;
-      if (!own) {
-        unit_block(m, cols, even_depth, a_in.data, a_in.row, panel, panel_sums, p > 0);
-        continue;
-      }
       bfloat16_t* out = nullptr;
       if constexpr (std::is_same_v<Out, bfloat16_t>) {
         out = rounds_in_tile && p + depth == k ? c + j * kPanel : nullptr;
@@ -236,9 +203,6 @@ void gemm_serial_bf16(
           m, cols, even_depth / 2, a_in.data, a_in.row, j == 0, panel, panel_sums, p > 0,
           bias ? bias + j * kPanel : nullptr, act, out, c_row);
     }
-  }
-  if (!own) {
-    at::native::cpublas::brgemm_release();  // AMX's tiles, which oneDNN's own products set up anew
   }
   if (rounds_in_tile) {
     return;
@@ -254,7 +218,6 @@ void gemm_serial_bf16(
     }
   }
 }
-#endif
 
 // Where b (k, n), of which a task reads a part, is likely to be. Networks of eight layers of 1024 x
 // 1024 took 1.25 to 2.5 times as long at 1 to 32 rows while the size of one layer decided, of four
@@ -292,6 +255,23 @@ bool copies_b(int64_t m, int64_t k, const Matrix<T>& b) {
   return rows.copying && b.col == 1 && spans(m < rows.copying ? kNearBytes : kLevel1Bytes, k, b);
 }
 
+// Whether tiles of m rows read b packed.
+template <class T>
+bool packs_b(int64_t m, int64_t k, const Matrix<T>& b) {
+  const int64_t least = kernels().tuning.packing;
+  return least > 0 && m >= least && spans(kNearBytes, k, b);
+}
+
+// Whether a product of k terms is written in bands of whole rows, its b in strips that stay in
+// cache: tiles otherwise write short pieces of many rows.
+template <class T>
+bool is_flat(int64_t m, int64_t n, int64_t k) {
+  constexpr bool kWiden = !std::is_same_v<T, acc_t<T>>;
+  const int64_t least = kWiden ? 1 : kStreamDepth + 1;
+  const int64_t most = std::max(kernels().tuning.flat, kWiden ? kFlatNarrow : 0);
+  return !uses_pair_tiles<T>() && n >= kColumnBlock && m > kFlatRows && k >= least && k <= most;
+}
+
 // Whether tiles of n columns copy what they share of a.
 template <class T>
 bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
@@ -310,12 +290,57 @@ int64_t row_block() {
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b, Source source) {
   const bool streams = m <= kStreamRows && k > kStreamDepth && b.col == 1;
-  return uses_brgemm<T>()       ? kUnitColumns
-         : streams              ? kStreamSums / m
+  return streams                ? kStreamSums / m
          : uses_pair_tiles<T>() ? std::clamp(kSums / m, kColumnBlock, kMostPairColumns)
          : streams_many(m, k, b, source)
              ? std::clamp(kSums / m, kColumnBlock, kernels().tuning.columns)
              : kColumnBlock;
+}
+
+// As gemm_serial, a band of rows at a time across all columns, for so few terms that b stays in
+// cache.
+template <class T, class Out>
+void gemm_flat(
+    int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act,
+    Out* c, int64_t c_row) {
+  using C = acc_t<T>;
+  constexpr bool kWiden = !std::is_same_v<T, C>, kNarrow = !std::is_same_v<Out, C>;
+  const auto& product = kernels().product<C>();
+  const auto& storage = kernels().storage<T>();
+  const Scratch<C> strips(k * round_up(n, product.strip));
+  storage.pack_strips(k, n, b.data, b.row, b.col, product.rows, strips.get());
+  const bool copy_a = kWiden || a.col != 1;
+  const Scratch<C> a_rows(copy_a ? m * k : 0);
+  if (copy_a) {
+    storage.pack(m, k, a.data, a.row, a.col, a_rows.get(), k);
+  }
+  const Scratch<C> sums(kNarrow ? product.rows * n : 0);
+  const C* add = nullptr;
+  if constexpr (!kWiden) {
+    add = bias;
+  }
+  for (int64_t i = 0; i < m; i += product.rows) {
+    const int64_t rows = std::min(product.rows, m - i);
+    Matrix<C> a_in = {a_rows.get() + i * k, k, 1};
+    if constexpr (!kWiden) {
+      a_in = copy_a ? a_in : a.at(i, 0);
+    }
+    C* out = sums.get();
+    if constexpr (!kNarrow) {
+      out = c + i * c_row;
+    }
+    product.block(
+        rows, n, k, a_in.data, a_in.row, a_in.col, /*first=*/false, strips.get(), 0,
+        /*in_strips=*/true, out, kNarrow ? n : c_row, /*accumulate=*/false, /*finish=*/!kNarrow,
+        add, act, {});
+    if constexpr (kNarrow) {
+      const T* last_bias = nullptr;
+      if constexpr (std::is_same_v<Out, T>) {
+        last_bias = bias;
+      }
+      kernels().storage<Out>().finish(rows, n, out, n, last_bias, act, c + i * c_row, c_row);
+    }
+  }
 }
 
 // act(a (m, k) @ b (k, n) + bias) into c, on this thread. Out is T, or acc_t<T> for partial sums
@@ -325,13 +350,15 @@ void gemm_serial(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, Source source, const T* bias,
     Activation act, Out* c, int64_t c_row) {
   using C = acc_t<T>;
-#if MYLAYERS_BRGEMM
   if constexpr (std::is_same_v<T, bfloat16_t>) {
-    if (k > 0 && has_bf16_units()) {
+    if (k > 0 && uses_amx<T>()) {
+      const WideBias wide(n, bias);
+      return gemm_amx<T, Out>(m, n, k, a, b, wide.get(), act, c, c_row, /*alone=*/true);
+    }
+    if (k > 0 && uses_pair_tiles<T>()) {
       return gemm_serial_bf16(m, n, k, a, b, source, bias, act, c, c_row);
     }
   }
-#endif
   const auto& product = kernels().product<C>();
   const auto& storage = kernels().storage<T>();
   constexpr bool kWiden = !std::is_same_v<T, C>;     // 16-bit input: widen while packing
@@ -346,6 +373,9 @@ void gemm_serial(
       return product.transposed(m, n, k, a.data, a.row, b.data, b.col, source, c, c_row, bias, act);
     }
   }
+  if (is_flat<T>(m, n, k)) {
+    return gemm_flat<T, Out>(m, n, k, a, b, bias, act, c, c_row);
+  }
   // Columns from which streaming outruns tiles: a sum of few rows stays in a tile's registers, one
   // of few terms is all writing.
   const int64_t least = m <= kStreamRows                   ? kPanel + 1
@@ -356,7 +386,7 @@ void gemm_serial(
   const bool many = !streams && n > kPanel && k > 0 && streams_many(m, k, b, source);
   const bool copy_a = kWiden || many;
   const bool tiles = !streams && !many;
-  const bool pack_b = tiles && (kWiden || b.col != 1);
+  const bool pack_b = tiles && (kWiden || b.col != 1 || packs_b(m, k, b));
   const bool keep_a = tiles && !kWiden && copies_a(m, n, k, a);
   const bool keep_b = tiles && !kWiden && copies_b(m, k, b);
   const bool in_scratch = kNarrow || many;
@@ -427,12 +457,42 @@ void gemm_serial(
 
 }  // namespace
 
+namespace {
+
+bool has_unit_stride(const Matrix<float>& x) { return x.row == 1 || x.col == 1; }
+
+// x (rows, cols) itself, or a copy in `memory`.
+Matrix<float> with_unit_stride(int64_t rows, int64_t cols, const Matrix<float>& x, float* memory) {
+  if (has_unit_stride(x)) {
+    return x;
+  }
+  kernels().f32.pack(rows, cols, x.data, x.row, x.col, memory, cols);
+  return {memory, cols, 1};
+}
+
+}  // namespace
+
 template <class T>
 void gemm(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act, T* c,
     int64_t in_turn) {
   if (m == 0 || n == 0) {
     return;
+  }
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    if (k > 0 && uses_amx<T>()) {
+      const WideBias wide(n, bias);
+      return gemm_amx<T, T>(m, n, k, a, b, wide.get(), act, c, n, at::in_parallel_region());
+    }
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (rounds_float32(n, k)) {
+      const Scratch<float> a_rows(has_unit_stride(a) ? 0 : m * k);
+      const Scratch<float> b_rows(has_unit_stride(b) ? 0 : k * n);
+      return gemm_amx<T, T>(
+          m, n, k, with_unit_stride(m, k, a, a_rows.get()), with_unit_stride(k, n, b, b_rows.get()),
+          bias, act, c, n, at::in_parallel_region());
+    }
   }
   const Source source = source_of(k, n, b, in_turn);
   const int64_t tile = kernels().product<acc_t<T>>().rows;
@@ -453,14 +513,14 @@ void gemm(
   // A sum of few terms is all writing: bands of whole rows, each band one run of memory. Tasks of
   // 512 columns had two threads fault in, and zero, the same pages of 2 MiB: a fresh 4096 x 4096
   // float32 result took 1.3 to 1.4 times as long, on one thread as well.
-  if (std::is_same_v<T, acc_t<T>> && k <= kStreamDepth && m >= threads * tile) {
+  const bool few_terms = std::is_same_v<T, acc_t<T>> && k <= kStreamDepth;
+  if ((few_terms || is_flat<T>(m, n, k)) && m >= threads * tile) {
     col_blocks = 1;
     row_blocks = round_up(ceil_div(m, kRowBlock), threads);
   }
-  // Whole tiles, or calls of brgemm for 16 rows and more; equal tasks come first, so that columns
-  // are cut in whole vectors: of 257 in whole panels one thread had 192.
-  const int64_t whole = uses_brgemm<T>() ? 16 : tile;
-  const int64_t multiple = m / row_blocks >= whole ? whole : 1;
+  // Whole tiles; equal tasks come first, so that columns are cut in whole vectors: of 257 in whole
+  // panels one thread had 192.
+  const int64_t multiple = m / row_blocks >= tile ? tile : 1;
   const int64_t rows = round_up(ceil_div(m, row_blocks), multiple);
   const int64_t cols = round_up(ceil_div(n, col_blocks), kWidestLane);
   row_blocks = ceil_div(m, rows);

@@ -21,6 +21,17 @@ int64_t level3_bytes() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Golden Cove and its successors with AVX-512 (Sapphire Rapids, Emerald Rapids and later): by the
+// instructions that came with it, as compilers do not know all of their models.
+bool is_golden_cove() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAvx512Fp16 = 1u << 23;
+  return __builtin_cpu_is("intel") && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
+         (d & kAvx512Fp16) != 0;
+}
+#endif
+
 const Kernels& choose() {
   // PyTorch's own variable, so that one setting lowers both libraries alike.
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
@@ -40,6 +51,16 @@ const Kernels& choose() {
         return changed;
       }();
       return zen4;
+    }
+    if (is_golden_cove()) {
+      static const Kernels golden_cove = [] {
+        Kernels changed = avx512_kernels();
+        changed.tuning.near = 48;
+        changed.tuning.packing = 8;
+        changed.tuning.flat = 64;
+        return changed;
+      }();
+      return golden_cove;
     }
     return avx512_kernels();
   }

@@ -176,6 +176,30 @@ struct PairKernels {
       int64_t b_row, Source source, float* sums, int64_t sums_row);
 };
 
+// Products on AMX; all null where there is none.
+struct AmxKernels {
+  // out (rows, k) = in, a copy with unit column stride of a k that is a multiple of 32.
+  void (*copy)(
+      int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col,
+      bfloat16_t* out, int64_t out_row);
+  // out (m, cols) = act(c0 + a (m, k) @ b (k, cols) + bias), rounded once; if out is null, sums (m,
+  // cols) without bias and act instead. c0 = sums if `accumulate` else 0. a has unit column stride;
+  // its last k % 32 terms are read from `last` (m, 32), zeros behind them. b: panels as
+  // PairKernels::pack_pairs makes them, with zeros in terms up to the next multiple of 32. sums has
+  // room for whole panels. Every sum is added up 32 terms at a time, in rising order: its bits
+  // depend on neither m, cols nor how k is cut into calls, at multiples of 32.
+  void (*block)(
+      int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row,
+      const bfloat16_t* last, const bfloat16_t* b, int64_t panel_size, float* sums,
+      int64_t sums_row, bool accumulate, const float* bias, Activation act, bfloat16_t* out,
+      int64_t out_row);
+  void (*block_f32)(
+      int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row,
+      const bfloat16_t* last, const bfloat16_t* b, int64_t panel_size, float* sums,
+      int64_t sums_row, bool accumulate, const float* bias, Activation act, float* out,
+      int64_t out_row);
+};
+
 // The numbers of rows at which one way to multiply overtakes another.
 struct Tuning {
   // stream_many up to so many, tiles for more: of a b that is likely to come from memory; of 16
@@ -186,6 +210,11 @@ struct Tuning {
   // Tiles copy a strip of a b from beyond level-1 cache that so many share, or fewer from beyond
   // level 2. 0: they copy nothing.
   int64_t copying;
+  // Tiles of at least so many rows read a b from beyond level-2 cache packed, panel by panel. 0:
+  // none do.
+  int64_t packing;
+  // Up to so many terms, a wide product is written in bands of whole rows.
+  int64_t flat;
   // kMemory or kMemoryByLevel2.
   Source memory;
   // Bytes of the level-3 cache of a processor that gains where what does not fit in it is written
@@ -203,6 +232,7 @@ struct Kernels {
   StorageKernels<half_t> f16;
   StorageKernels<bfloat16_t> bf16;
   PairKernels bf16_pairs;
+  AmxKernels amx;
 
   template <class C>
   const ProductKernels<C>& product() const;

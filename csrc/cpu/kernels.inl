@@ -77,8 +77,9 @@ constexpr int kUnroll = MYLAYERS_LEVEL == 2 ? 1 : 4;
 // of 4096 x 4096, on one thread, 1.06 to 1.1 times in runs of 2048 columns. On the Zen 5 float16 of
 // 65 to 128 rows streams at 0.99 to 1.08 of the speed of tiles on a core of its own, at 0.83 to
 // 0.94 on one that others slow down.
-constexpr Tuning kTuning = MYLAYERS_LEVEL == 2 ? Tuning{128, 64, 0, 2048, 0, Source::kMemory, 0}
-                                               : Tuning{48, 32, 16, 4096, 32, Source::kMemory, 0};
+constexpr Tuning kTuning = MYLAYERS_LEVEL == 2
+                               ? Tuning{128, 64, 0, 2048, 0, 0, 0, Source::kMemory, 0}
+                               : Tuning{48, 32, 16, 4096, 32, 0, 0, Source::kMemory, 0};
 constexpr bool kCopies = kTuning.copying > 0;
 
 template <class C>
@@ -1747,12 +1748,15 @@ void pair_stream_many(
   }
 }
 
+#include "kernels/amx-inl.h"
+
 MYLAYERS_TARGET_END
 constexpr PairKernels kPairs = {
     pack<bfloat16_t, bfloat16_t>, pack_pairs, pair_block, pair_stream, pair_stream_many};
 #else
 constexpr PairKernels kPairs = {
     pack<bfloat16_t, bfloat16_t>, pack_pairs, nullptr, nullptr, nullptr};
+constexpr AmxKernels kAmx = {};
 #endif
 
 template <class T>
@@ -2124,6 +2128,7 @@ constexpr Kernels kTable = {
     kStorage<half_t>,
     kStorage<bfloat16_t>,
     kPairs,
+    kAmx,
 };
 
 }  // namespace

@@ -1,0 +1,20 @@
+// bfloat16 products on AMX: which thread packs and computes what.
+#pragma once
+
+#include "gemm.h"
+
+namespace mylayers::cpu {
+
+// Whether this process may use AMX's tiles, which it asks the kernel for once.
+MYLAYERS_API bool has_amx();
+
+// out (m, n), rows `out_row` apart, = act(a (m, k) @ b (k, n) + bias (n) or nothing), for a and b
+// of In, bfloat16_t or float rounded to it, whose rows or columns are contiguous; summed in float32
+// and rounded once to Out, bfloat16_t or float. m, n, k > 0. A row of out depends on its row of a,
+// on b and on bias alone, to the bit. `alone`: on this thread.
+template <class In, class Out>
+void gemm_amx(
+    int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias, Activation act,
+    Out* out, int64_t out_row, bool alone);
+
+}  // namespace mylayers::cpu

@@ -1,0 +1,338 @@
+// bfloat16 products on AMX: tiles of 16 rows of 64 bytes, multiplied 16 x 16 x 32 at a time.
+// Part of kernels.inl, whose vectors and activations it uses.
+//
+// Every sum follows one order: 32 terms of k at a time, from the first, whatever the rows, columns
+// and calls. Within those the processor has its own order, which depends on nothing else either.
+// So the bits of a row are its own, and few rows take the same instructions as many.
+
+constexpr int kTileEdge = 16;   // rows of a tile; columns of one of float32
+constexpr int kTileTerms = 32;  // terms of k in a row of bfloat16
+
+#if defined(MYLAYERS_TILE_MODEL)
+// tests/tile_model.h has computed them in software: tile_configure and the rest below.
+#else
+// As LDTILECFG reads it.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Statements of our own: g++ 12's intrinsics do not say that they read memory, and the stores of
+// what they read may then be removed, or come later.
+INLINE void tile_configure(const TileShapes& shapes) {
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
+}
+INLINE void tile_release() { asm volatile("tilerelease"); }
+template <int kTile>
+INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+template <int kTile>
+INLINE void tile_load(const void* p, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(kTile) : "memory");
+}
+// Memory that is not read again soon.
+template <int kTile>
+INLINE void tile_load_once(const void* p, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <int kTile>
+INLINE void tile_store(void* p, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(row_bytes), "i"(kTile) : "memory");
+}
+// sum += a @ b, b of pairs.
+template <int kSum, int kA, int kB>
+INLINE void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
+}
+#endif
+
+// The eight tiles: four of sums, side by side, one of a, and three of b in turn. Two by two would
+// load one tile less for every four multiplies, but twice as much of a, which comes from level-2
+// cache while a panel of b stays in level 1: 0.6 to 0.7 of the speed [lab: amx].
+constexpr int kTileA = 4;
+constexpr int kTileB = 5;
+constexpr int kAcrossMost = 4;
+static_assert(kAcrossMost * kTileEdge == kPanel);
+
+template <int... kIndex, class F>
+INLINE void for_constants(std::integer_sequence<int, kIndex...>, F f) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+// f(0), f(1), ... as constants: the instructions name their tiles.
+template <int kCount, class F>
+INLINE void for_each_of(F f) {
+  for_constants(std::make_integer_sequence<int, kCount>{}, f);
+}
+
+// Rows of a, whose last terms of k, where those are no whole tile, lie apart.
+struct TileRows {
+  const bfloat16_t* data;
+  int64_t row;             // from one to the next
+  const bfloat16_t* last;  // (rows, kTileTerms), zeros behind the last term; null: none
+};
+
+// out (rows, cols) = act(sums + bias) rounded to Out, of sums in rows of `sums_row`, which are used
+// up.
+template <class Out>
+INLINE void end_sums(
+    int64_t rows, int64_t cols, float* sums, int64_t sums_row, const float* bias, Activation act,
+    Out* out, int64_t out_row) {
+  constexpr int L = kLanes<float>;
+  const auto finished = [&](const float* row, int64_t j) __attribute__((always_inline)) {
+    const vec<float> sum = load(row + j);
+    const int64_t left = cols - j;
+    const int n = left < L ? static_cast<int>(left) : L;
+    return activate_in_tile<float>(bias && n > 0 ? sum + load_n(bias + j, n) : sum, act);
+  };
+  if (!fits_in_tile(act)) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; j += L) {
+        store(sums + i * sums_row + j, finished(sums + i * sums_row, j));
+      }
+    }
+    activate(rows, cols, sums, sums_row, act);
+    bias = nullptr;
+    act = Activation::kNone;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = sums + i * sums_row;
+    Out* to = out + i * out_row;
+#if MYLAYERS_LEVEL == 2
+    if constexpr (std::is_same_v<Out, bfloat16_t>) {
+      for (int64_t j = 0; j < cols; j += 2 * L) {
+        const uint32_t lanes = cols - j < 2 * L ? (1u << (cols - j)) - 1 : ~0u;
+        const __m512 second = j + L < cols ? (__m512)finished(row, j + L) : _mm512_setzero_ps();
+        _mm512_mask_storeu_epi16(to + j, lanes, two_rounded((__m512)finished(row, j), second));
+      }
+      continue;
+    }
+#endif
+    for (int64_t j = 0; j < cols; j += L) {
+      store_n(to + j, finished(row, j), static_cast<int>(cols - j < L ? cols - j : L));
+    }
+  }
+}
+
+// What a block of rows and columns becomes.
+template <class Out>
+struct TileResult {
+  float* sums;  // with room for whole panels
+  int64_t sums_row;
+  bool accumulate;
+  const float* bias;  // null: none
+  Activation act;
+  Out* out;  // null: the sums are kept for the next terms
+  int64_t out_row;
+};
+
+// All products of `rows` rows with `panels` panels of b, of kAcross tiles each; `cols` columns in
+// all. What a group of tiles has summed is stored when the next one has begun, so that its
+// multiplies need not wait.
+template <int kAcross, class Out>
+void multiply_tiles(
+    int64_t rows, int64_t cols, int64_t steps, const TileRows& a, const bfloat16_t* b,
+    int64_t panel_size, const TileResult<Out>& result) {
+  constexpr int64_t kPairRow = 2 * kPanel * sizeof(bfloat16_t);
+  alignas(64) float finished[kTileEdge][kPanel];
+  struct {
+    int64_t i = -1, j = 0;  // the group that is still in tiles; -1: none
+  } pending;
+
+  const auto store_tile =
+      [&]<int t>(std::integral_constant<int, t>) __attribute__((always_inline)) {
+        if (result.out) {
+          tile_store<t>(finished[0] + t * kTileEdge, sizeof(finished[0]));
+        } else {
+          tile_store<t>(
+              result.sums + pending.i * result.sums_row + pending.j + t * kTileEdge,
+              result.sums_row * sizeof(float));
+        }
+      };
+  const auto end_group = [&]() __attribute__((always_inline)) {
+    if (result.out) {
+      const int64_t height = rows - pending.i < kTileEdge ? rows - pending.i : kTileEdge;
+      const int64_t width = cols - pending.j < kPanel ? cols - pending.j : kPanel;
+      end_sums<Out>(
+          height, width, finished[0], kPanel, result.bias ? result.bias + pending.j : nullptr,
+          result.act, result.out + pending.i * result.out_row + pending.j, result.out_row);
+    }
+  };
+
+  for (int64_t j = 0; j < cols; j += kPanel) {
+    const bfloat16_t* panel = b + j / kPanel * panel_size;
+    for (int64_t i = 0; i < rows; i += kTileEdge) {
+      const bfloat16_t* b_at = panel;
+      // The lines that the next group writes are asked for, two rows at each step.
+      const char* next = reinterpret_cast<const char*>(
+          result.out ? static_cast<const void*>(result.out + (i + kTileEdge) * result.out_row + j)
+                     : result.sums + (i + kTileEdge) * result.sums_row + j);
+      const int64_t next_row =
+          result.out ? result.out_row * sizeof(Out) : result.sums_row * sizeof(float);
+      constexpr int64_t kOutBytes = kAcross * kTileEdge * sizeof(Out);
+      const int64_t next_bytes = result.out ? kOutBytes : kAcross * kTileEdge * sizeof(float);
+
+      const auto step = [&]<bool kBegins>(
+                            std::bool_constant<kBegins>, const bfloat16_t* a_at,
+                            int64_t a_row) __attribute__((always_inline)) {
+        const auto load_b = [&]<int t>(std::integral_constant<int, t>)
+                                __attribute__((always_inline)) {
+                                  if constexpr (t < kAcross) {
+                                    tile_load<kTileB + t % 3>(b_at + 2 * t * kTileEdge, kPairRow);
+                                  }
+                                };
+        tile_load_once<kTileA>(a_at, a_row * sizeof(bfloat16_t));
+        load_b(std::integral_constant<int, 0>{});
+        load_b(std::integral_constant<int, 1>{});
+        for_each_of<kAcross>([&]<int t>(std::integral_constant<int, t> tile)
+                                 __attribute__((always_inline)) {
+                                   if constexpr (kBegins) {
+                                     if (pending.i >= 0) {
+                                       store_tile(tile);
+                                     }
+                                     if (result.accumulate) {
+                                       tile_load<t>(
+                                           result.sums + i * result.sums_row + j + t * kTileEdge,
+                                           result.sums_row * sizeof(float));
+                                     } else {
+                                       tile_zero<t>();
+                                     }
+                                   }
+                                   tile_multiply<t, kTileA, kTileB + t % 3>();
+                                   load_b(std::integral_constant<int, t + 2>{});
+                                 });
+        b_at += kTileTerms * kPanel;
+        for (int64_t line = 0; line < next_bytes; line += kLine) {
+          __builtin_prefetch(next + line, 1);
+          __builtin_prefetch(next + next_row + line, 1);
+        }
+        next += 2 * next_row;
+        if constexpr (kBegins) {
+          if (pending.i >= 0) {
+            end_group();
+          }
+          pending = {i, j};
+        }
+      };
+
+      const bfloat16_t* a_at = a.data + i * a.row;
+      const bfloat16_t* last = a.last ? a.last + i * kTileTerms : nullptr;
+      if (steps == 0) {
+        step(std::true_type{}, last, kTileTerms);
+        continue;
+      }
+      step(std::true_type{}, a_at, a.row);
+      for (int64_t s = 1; s < steps; ++s) {
+        a_at += kTileTerms;
+        step(std::false_type{}, a_at, a.row);
+      }
+      if (last) {
+        step(std::false_type{}, last, kTileTerms);
+      }
+    }
+  }
+  for_each_of<kAcross>([&](auto tile) __attribute__((always_inline)) { store_tile(tile); });
+  end_group();
+}
+
+// Whole panels, then the last one.
+template <class Out>
+void multiply_panels(
+    int64_t rows, int64_t cols, int64_t steps, const TileRows& a, const bfloat16_t* b,
+    int64_t panel_size, TileResult<Out> result) {
+  const auto multiply = [&]<int kAcross>(std::integral_constant<int, kAcross>, int64_t width) {
+    multiply_tiles<kAcross, Out>(rows, width, steps, a, b, panel_size, result);
+  };
+  const int64_t whole = (cols + kTileEdge - 1) / kPanel * kPanel;
+  if (whole > 0) {
+    multiply(std::integral_constant<int, kAcrossMost>{}, cols < whole ? cols : whole);
+  }
+  if (whole >= cols) {
+    return;
+  }
+  b += whole / kPanel * panel_size;
+  result.sums += result.sums ? whole : 0;
+  result.out += result.out ? whole : 0;
+  result.bias += result.bias ? whole : 0;
+  const int64_t rest = cols - whole;
+  if (rest <= kTileEdge) {
+    multiply(std::integral_constant<int, 1>{}, rest);
+  } else if (rest <= 2 * kTileEdge) {
+    multiply(std::integral_constant<int, 2>{}, rest);
+  } else {
+    multiply(std::integral_constant<int, 3>{}, rest);
+  }
+}
+
+// See AmxKernels in kernels.h.
+template <class Out>
+void amx_block(
+    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* last,
+    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t sums_row, bool accumulate,
+    const float* bias, Activation act, Out* out, int64_t out_row) {
+  TileRows rows = {a, a_row, k % kTileTerms != 0 ? last : nullptr};
+  TileResult<Out> result = {sums, sums_row, accumulate, bias, act, out, out_row};
+  const int64_t steps = k / kTileTerms, whole = m / kTileEdge * kTileEdge, rest = m - whole;
+  if (whole > 0) {
+    tile_configure(TileShapes{});
+    multiply_panels<Out>(whole, cols, steps, rows, b, panel_size, result);
+  }
+  if (rest > 0) {
+    TileShapes shapes;
+    for (int t = 0; t <= kTileA; ++t) {
+      shapes.rows[t] = static_cast<uint8_t>(rest);
+    }
+    tile_configure(shapes);
+    rows.data += whole * a_row;
+    rows.last += rows.last ? whole * kTileTerms : 0;
+    result.sums += sums ? whole * sums_row : 0;
+    result.out += out ? whole * out_row : 0;
+    multiply_panels<Out>(rest, cols, steps, rows, b, panel_size, result);
+  }
+  tile_release();
+}
+
+// A square of 16 columns of 32 terms, `in_row` from one term to the next, as 16 rows of 32 terms.
+INLINE void transpose_terms(
+    const bfloat16_t* in, int64_t in_row, bfloat16_t* out, int64_t out_row) {
+  constexpr int L = kLanes<float>;
+  UNROLL
+  for (int part = 0; part < kTileEdge; part += L) {
+    UNROLL
+    for (int p = 0; p < kTileEdge; p += L) {
+      vec<float> square[L];
+      UNROLL
+      for (int l = 0; l < L; ++l) {
+        const bfloat16_t* even = in + 2 * (p + l) * in_row + part;
+        square[l] = (vec<float>)(((u32)load(even) >> 16) | (u32)load(even + in_row));
+      }
+      transpose<float>(square);
+      UNROLL
+      for (int l = 0; l < L; ++l) {
+        std::memcpy(out + (part + l) * out_row + 2 * p, &square[l], sizeof(square[l]));
+      }
+    }
+  }
+}
+
+// See AmxKernels in kernels.h.
+void amx_copy(
+    int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+    int64_t out_row) {
+  const int64_t squares = in_row == 1 ? rows / kTileEdge * kTileEdge : 0;
+  for (int64_t i = 0; i < squares; i += kTileEdge) {
+    for (int64_t p = 0; p < k; p += kTileTerms) {
+      transpose_terms(in + i + p * in_col, in_col, out + i * out_row + p, out_row);
+    }
+  }
+  for (int64_t i = squares; i < rows; ++i) {
+    for (int64_t p = 0; p < k; ++p) {
+      out[i * out_row + p] = in[i * in_row + p * in_col];
+    }
+  }
+}
+
+constexpr AmxKernels kAmx = {amx_copy, amx_block<bfloat16_t>, amx_block<float>};
