@@ -472,6 +472,7 @@ py::dict build_info() {
 #endif
   info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
+  info["tuned_for"] = mylayers::cpu::kernels().tuned_for;
   info["amx"] = mylayers::cpu::has_amx();
   info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();

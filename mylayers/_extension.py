@@ -32,7 +32,8 @@ def build_info() -> dict[str, Any]:
         - ``torch``, ``compiler``, ``cplusplus``: the versions compiled with (the last is
           ``__cplusplus``).
         - ``instruction_sets``: those compiled; ``kernels``: the one that this processor runs
-          (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels are).
+          (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels are); ``tuned_for``: the
+          microarchitecture that their numbers were measured on, the nearest to this one.
         - ``bfloat16_units``: whether bfloat16 products run on the processor's 16-bit matrix
           units (AVX512-BF16 or AMX), which take subnormal values for zero; ``amx``: whether on
           the tiles of AMX, which float32 products take too where PyTorch's setting

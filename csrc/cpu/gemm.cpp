@@ -65,8 +65,11 @@ constexpr int64_t kPackedPairs = 1 << 19;
 constexpr int64_t kMostPairColumns = 1024;
 constexpr int64_t kLeastPairDepth = 64;
 constexpr int64_t kWidestLane = 16;
-// Terms up to which a product of 16 bits is written in bands of whole rows on every processor, its
-// sums going through level-1 cache instead of level 2.
+// A task of bands has this many rows, to pack what it reads of b less often: whole tiles, whose
+// share of a stays in level-2 cache beside that of b.
+constexpr int64_t kBandBlock = 480;
+// Terms up to which a product of 16 bits is multiplied in bands on every processor, its sums going
+// through level-1 cache instead of level 2; and the fewest rows for which b is packed for that.
 constexpr int64_t kFlatNarrow = 16;
 constexpr int64_t kFlatRows = 32;
 // Multiply-adds below which a second thread costs more than it saves.
@@ -255,21 +258,23 @@ bool copies_b(int64_t m, int64_t k, const Matrix<T>& b) {
   return rows.copying && b.col == 1 && spans(m < rows.copying ? kNearBytes : kLevel1Bytes, k, b);
 }
 
-// Whether tiles of m rows read b packed.
+// Whether m rows are multiplied in bands (gemm_bands): with a large b, of which strips that follow
+// each other in memory come from level-2 cache faster than pieces of its rows; and where few terms
+// make a product all writing, as tiles otherwise write short pieces of many rows.
 template <class T>
-bool packs_b(int64_t m, int64_t k, const Matrix<T>& b) {
-  const int64_t least = kernels().tuning.packing;
-  return least > 0 && m >= least && spans(kNearBytes, k, b);
-}
-
-// Whether a product of k terms is written in bands of whole rows, its b in strips that stay in
-// cache: tiles otherwise write short pieces of many rows.
-template <class T>
-bool is_flat(int64_t m, int64_t n, int64_t k) {
+bool takes_bands(int64_t m, int64_t n, int64_t k, const Matrix<T>& b) {
+  if (uses_pair_tiles<T>()) {
+    return false;
+  }
   constexpr bool kWiden = !std::is_same_v<T, acc_t<T>>;
+  const Tuning& tuning = kernels().tuning;
+  const bool large = spans(kNearBytes, k, b) || spans(kNearBytes, n, b.transposed());
+  if (tuning.bands > 0 && m >= tuning.bands && n > kPanel && k > kStreamDepth && large) {
+    return true;
+  }
   const int64_t least = kWiden ? 1 : kStreamDepth + 1;
-  const int64_t most = std::max(kernels().tuning.flat, kWiden ? kFlatNarrow : 0);
-  return !uses_pair_tiles<T>() && n >= kColumnBlock && m > kFlatRows && k >= least && k <= most;
+  const int64_t most = std::max(tuning.flat, kWiden ? kFlatNarrow : 0);
+  return n >= kColumnBlock && m > kFlatRows && k >= least && k <= most;
 }
 
 // Whether tiles of n columns copy what they share of a.
@@ -283,8 +288,8 @@ bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
 
 // Rows and columns of one task of gemm, at most; their numbers change no bit.
 template <class T>
-int64_t row_block() {
-  return uses_pair_tiles<T>() ? kPairRowBlock : kRowBlock;
+int64_t row_block(int64_t m, int64_t n, int64_t k, const Matrix<T>& b) {
+  return uses_pair_tiles<T>() ? kPairRowBlock : takes_bands(m, n, k, b) ? kBandBlock : kRowBlock;
 }
 
 template <class T>
@@ -297,48 +302,56 @@ int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b, Source source) {
              : kColumnBlock;
 }
 
-// As gemm_serial, a band of rows at a time across all columns, for so few terms that b stays in
-// cache.
+// Passes of equal depth, as near to `deepest` as they can be: a short last one would load and store
+// every sum for little.
+int64_t pass_depth(int64_t k, int64_t deepest) {
+  return ceil_div(k, std::max<int64_t>(1, (k + deepest / 2) / deepest));
+}
+
+// As gemm_serial, the rows of one tile at a time with all columns of a packed b.
 template <class T, class Out>
-void gemm_flat(
+void gemm_bands(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act,
     Out* c, int64_t c_row) {
   using C = acc_t<T>;
   constexpr bool kWiden = !std::is_same_v<T, C>, kNarrow = !std::is_same_v<Out, C>;
   const auto& product = kernels().product<C>();
   const auto& storage = kernels().storage<T>();
-  const Scratch<C> strips(k * round_up(n, product.strip));
-  storage.pack_strips(k, n, b.data, b.row, b.col, product.rows, strips.get());
+  const int64_t band = product.rows, widest = pass_depth(k, kDepthBlock);
   const bool copy_a = kWiden || a.col != 1;
-  const Scratch<C> a_rows(copy_a ? m * k : 0);
-  if (copy_a) {
-    storage.pack(m, k, a.data, a.row, a.col, a_rows.get(), k);
-  }
-  const Scratch<C> sums(kNarrow ? product.rows * n : 0);
+  const Scratch<C> strips(widest * round_up(n, product.strip));
+  const Scratch<C> a_rows(copy_a ? m * widest : 0);
+  const Scratch<C> c_sums(kNarrow ? (k > widest ? m : band) * n : 0);
   const C* add = nullptr;
   if constexpr (!kWiden) {
     add = bias;
   }
-  for (int64_t i = 0; i < m; i += product.rows) {
-    const int64_t rows = std::min(product.rows, m - i);
-    Matrix<C> a_in = {a_rows.get() + i * k, k, 1};
-    if constexpr (!kWiden) {
-      a_in = copy_a ? a_in : a.at(i, 0);
+  for (int64_t p = 0; p < k; p += widest) {
+    const int64_t depth = std::min(widest, k - p);
+    const bool ends = p + depth == k;
+    const Matrix<T> b_in = b.at(p, 0);
+    storage.pack_strips(depth, n, b_in.data, b_in.row, b_in.col, band, strips.get());
+    Matrix<C> a_in = {a_rows.get(), widest, 1};
+    if (copy_a) {
+      storage.pack(m, depth, a.at(0, p).data, a.row, a.col, a_rows.get(), widest);
+    } else if constexpr (!kWiden) {
+      a_in = a.at(0, p);
     }
-    C* out = sums.get();
-    if constexpr (!kNarrow) {
-      out = c + i * c_row;
-    }
-    product.block(
-        rows, n, k, a_in.data, a_in.row, a_in.col, /*first=*/false, strips.get(), 0,
-        /*in_strips=*/true, out, kNarrow ? n : c_row, /*accumulate=*/false, /*finish=*/!kNarrow,
-        add, act, {});
-    if constexpr (kNarrow) {
-      const T* last_bias = nullptr;
-      if constexpr (std::is_same_v<Out, T>) {
-        last_bias = bias;
+    for (int64_t i = 0; i < m; i += band) {
+      const int64_t rows = std::min(band, m - i);
+      C* sums = c_sums.get() + (k > widest ? i * n : 0);
+      if constexpr (!kNarrow) {
+        sums = c + i * c_row;
       }
-      kernels().storage<Out>().finish(rows, n, out, n, last_bias, act, c + i * c_row, c_row);
+      product.block(
+          rows, n, depth, a_in.at(i, 0).data, a_in.row, a_in.col, /*first=*/!copy_a, strips.get(),
+          0,
+          /*in_strips=*/true, sums, kNarrow ? n : c_row, p > 0, ends && !kNarrow, add, act, {});
+      if constexpr (kNarrow) {
+        if (ends) {
+          storage.finish(rows, n, sums, n, bias, act, c + i * c_row, c_row);
+        }
+      }
     }
   }
 }
@@ -373,9 +386,6 @@ void gemm_serial(
       return product.transposed(m, n, k, a.data, a.row, b.data, b.col, source, c, c_row, bias, act);
     }
   }
-  if (is_flat<T>(m, n, k)) {
-    return gemm_flat<T, Out>(m, n, k, a, b, bias, act, c, c_row);
-  }
   // Columns from which streaming outruns tiles: a sum of few rows stays in a tile's registers, one
   // of few terms is all writing.
   const int64_t least = m <= kStreamRows                   ? kPanel + 1
@@ -384,17 +394,18 @@ void gemm_serial(
                                                            : INT64_MAX;
   const bool streams = n >= least && b.col == 1 && k > 0;
   const bool many = !streams && n > kPanel && k > 0 && streams_many(m, k, b, source);
+  if (!streams && !many && takes_bands(m, n, k, b)) {
+    return gemm_bands<T, Out>(m, n, k, a, b, bias, act, c, c_row);
+  }
   const bool copy_a = kWiden || many;
   const bool tiles = !streams && !many;
-  const bool pack_b = tiles && (kWiden || b.col != 1 || packs_b(m, k, b));
+  const bool pack_b = tiles && (kWiden || b.col != 1);
   const bool keep_a = tiles && !kWiden && copies_a(m, n, k, a);
   const bool keep_b = tiles && !kWiden && copies_b(m, k, b);
   const bool in_scratch = kNarrow || many;
 
-  // Passes of equal depth: a short last one would load and store every sum for little.
   const int64_t deepest = keep_b || (m <= kShallowRows && !many) ? 2 * kDepthBlock : kDepthBlock;
-  const int64_t passes = std::max<int64_t>(1, (k + deepest / 2) / deepest);
-  const int64_t widest = ceil_div(k, passes);
+  const int64_t widest = pass_depth(k, deepest);
 
   const Scratch<C> b_panel(widest * (pack_b ? kPanel : keep_b ? product.strip : 0));
   const Scratch<C> a_tiles(keep_a ? m * widest : 0);
@@ -501,7 +512,7 @@ void gemm(
   const int64_t threads = alone ? 1 : at::get_num_threads();
   // As many tasks as keep every thread busy to the end. Columns are split before rows, because
   // tasks that share columns of b each pack them. Bits do not depend on this choice.
-  int64_t row_blocks = ceil_div(m, row_block<T>());
+  int64_t row_blocks = ceil_div(m, row_block(m, n, k, b));
   int64_t col_blocks = ceil_div(n, column_block(m, k, b, source));
   if (row_blocks * col_blocks % threads != 0) {
     if (n >= threads * 2 * kPanel || m < threads * 4 * tile) {
@@ -514,7 +525,8 @@ void gemm(
   // 512 columns had two threads fault in, and zero, the same pages of 2 MiB: a fresh 4096 x 4096
   // float32 result took 1.3 to 1.4 times as long, on one thread as well.
   const bool few_terms = std::is_same_v<T, acc_t<T>> && k <= kStreamDepth;
-  if ((few_terms || is_flat<T>(m, n, k)) && m >= threads * tile) {
+  const bool flat = k <= std::max(kernels().tuning.flat, kFlatNarrow) && takes_bands(m, n, k, b);
+  if ((few_terms || flat) && m >= threads * tile) {
     col_blocks = 1;
     row_blocks = round_up(ceil_div(m, kRowBlock), threads);
   }

@@ -53,7 +53,7 @@ constexpr int64_t kDeep = 4096;
 constexpr int64_t kFlatTerms = 64;
 constexpr int64_t kFlatColumns = 4096;
 // Multiply-adds below which a second thread costs more than it saves.
-constexpr double kSerialWork = 1 << 22;
+constexpr double kSerialWork = 1 << 20;
 
 // One line more than a panel has: the next one would lie in the same sets of the caches.
 constexpr int64_t kPadding = 32;

@@ -46,6 +46,7 @@ const Kernels& choose() {
     if (__builtin_cpu_is("amdfam19h")) {
       static const Kernels zen4 = [] {
         Kernels changed = avx512_kernels();
+        changed.tuned_for = "Zen 4";
         changed.tuning.memory = Source::kMemoryByLevel2;
         changed.tuning.level3 = level3_bytes();
         return changed;
@@ -55,8 +56,9 @@ const Kernels& choose() {
     if (is_golden_cove()) {
       static const Kernels golden_cove = [] {
         Kernels changed = avx512_kernels();
+        changed.tuned_for = "Golden Cove";
         changed.tuning.near = 48;
-        changed.tuning.packing = 8;
+        changed.tuning.bands = 32;
         changed.tuning.flat = 64;
         return changed;
       }();

@@ -210,10 +210,10 @@ struct Tuning {
   // Tiles copy a strip of a b from beyond level-1 cache that so many share, or fewer from beyond
   // level 2. 0: they copy nothing.
   int64_t copying;
-  // Tiles of at least so many rows read a b from beyond level-2 cache packed, panel by panel. 0:
-  // none do.
-  int64_t packing;
-  // Up to so many terms, a wide product is written in bands of whole rows.
+  // From so many rows on, a b from beyond level-2 cache is packed and multiplied in bands: the rows
+  // of a tile with all columns, then the next rows. 0: never.
+  int64_t bands;
+  // Up to so many terms, any wide product of more rows is.
   int64_t flat;
   // kMemory or kMemoryByLevel2.
   Source memory;
@@ -224,6 +224,7 @@ struct Tuning {
 
 struct Kernels {
   const char* name;
+  const char* tuned_for;  // the microarchitecture that tuning was measured on
   Tuning tuning;
   ProductKernels<float> f32_product;
   ProductKernels<double> f64_product;

@@ -80,6 +80,7 @@ constexpr int kUnroll = MYLAYERS_LEVEL == 2 ? 1 : 4;
 constexpr Tuning kTuning = MYLAYERS_LEVEL == 2
                                ? Tuning{128, 64, 0, 2048, 0, 0, 0, Source::kMemory, 0}
                                : Tuning{48, 32, 16, 4096, 32, 0, 0, Source::kMemory, 0};
+constexpr const char* kTunedFor = MYLAYERS_LEVEL == 2 ? "Zen 5" : "Zen 3";
 constexpr bool kCopies = kTuning.copying > 0;
 
 template <class C>
@@ -2120,6 +2121,7 @@ constexpr StorageKernels<T> kStorage = {
 
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
+    kTunedFor,
     kTuning,
     {kTileRows, kTileVectors * kLanes<float>, block<float>, transposed<float>},
     {kTileRows, kTileVectors * kLanes<double>, block<double>, transposed<double>},
