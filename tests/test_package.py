@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,14 @@ def test_aten_cpu_capability_lowers_the_kernels_and_they_pass_the_self_check(
     done = run("-m", "mylayers", cwd=tmp_path, ATEN_CPU_CAPABILITY=capability)
     assert f"this machine runs {kernels}" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_matrix_units_that_onednn_may_not_use_are_done_without(isa, tmp_path):
+    done = run("-m", "mylayers", cwd=tmp_path, DNNL_MAX_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bfloat16     on float32 arithmetic" in done.stdout
+    assert re.search(r"MyLinear +bfloat16 .* ok", done.stdout)
 
 
 def test_the_report_names_torch_and_ends_all_right(capsys):

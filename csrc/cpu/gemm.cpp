@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <exception>
 #include <type_traits>
 
 #include "scratch.h"
@@ -20,7 +21,7 @@ namespace mylayers::cpu {
 
 // Through oneDNN's generated micro-kernels, as PyTorch calls them: they outrun widening to
 // float32 twice on AVX512-BF16, and reach AMX. DNNL_MAX_CPU_ISA may forbid what the processor
-// could do, so one product is tried.
+// could do, so one product is tried; where it is forbidden oneDNN throws an exception of its own.
 bool has_bf16_units() {
 #if MYLAYERS_BRGEMM
   static const bool usable = [] {
@@ -33,7 +34,7 @@ bool has_bf16_units() {
     try {
       at::native::cpublas::brgemm(1, 16, 2, 2, kPanel, kPanel, false, a, b, c);
       at::native::cpublas::brgemm_release();
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {
       return false;
     }
     return c[0] == 11;
