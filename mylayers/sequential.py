@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mylayers import _watched
 from mylayers._extension import _C
 from mylayers.layers import CenteredLayer, MyLinear
 
@@ -133,6 +134,8 @@ def _layer(child: nn.Module) -> _Layer | Unfused:
     call = nn.Module.__call__ if _is_compiling() else _CALL
     if cls.forward is not _FORWARDS[base] or cls.__call__ is not call:
         return Unfused(f"{cls.__name__} overrides {base.__name__}.forward")
+    if function := _watched.replaced(base):
+        return Unfused(f"{function} was replaced")
     own = child.__dict__
     if isinstance(child._parameters.get("weight"), UninitializedParameter):
         return Unfused("its sizes are not known yet")

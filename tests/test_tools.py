@@ -5,8 +5,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import get_overridable_functions
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from common import Calls
 
 import mylayers
 from mylayers import CenteredLayer, FusedSequential, MyLinear
@@ -201,3 +205,127 @@ def test_hooks_on_a_fused_networks_grad_fn_find_the_gradient_first(layers):
     for stock, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, stock)
     assert torch.equal(found[1][1], 2 * grad)
+
+
+# ---- functions that somebody has replaced ------------------------------------------------------
+
+# Each once after a linear layer, and one of each loss.
+LAYERS = {
+    "Linear": lambda: nn.Linear(4, 4),
+    "MyLinear": lambda: MyLinear(4, 4),
+    "ReLU": nn.ReLU,
+    "ReLU in place": lambda: nn.ReLU(inplace=True),
+    "Tanh": nn.Tanh,
+    "Sigmoid": nn.Sigmoid,
+    "ELU": nn.ELU,
+    "CenteredLayer": CenteredLayer,
+    "Flatten": lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 3)),
+    "Dropout": lambda: nn.Dropout().eval(),
+    "Identity": nn.Identity,
+}
+LOSSES = {
+    "MSELoss": (nn.MSELoss(), F.mse_loss),
+    "SmoothL1Loss": (nn.SmoothL1Loss(), F.smooth_l1_loss),
+    "HuberLoss": (nn.HuberLoss(), F.huber_loss),
+    "CrossEntropyLoss": (nn.CrossEntropyLoss(), F.cross_entropy),
+}
+OWNERS = (torch, F, torch.Tensor, mylayers.functional)
+NO_OPERATIONS = {"size", "dim", "requires_grad_", "detach"}
+
+
+def public_functions():
+    """All of PyTorch's that its own overrides may take, and ours, as owner and name."""
+    known = {**get_overridable_functions(), mylayers.functional: []}
+    for owner in OWNERS:
+        names = {getattr(f, "__name__", "") for f in known[owner]} - NO_OPERATIONS
+        for name in sorted(names | set(getattr(owner, "__all__", ()))):
+            function = getattr(owner, name, None)
+            if not name.startswith("_") and callable(function) and not isinstance(function, type):
+                yield owner, name
+
+
+def replace(monkeypatch, owner, name, calls):
+    original = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append((owner, name))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def called(call):
+    """What a call of stock modules looks up."""
+    calls = []
+    with pytest.MonkeyPatch.context() as all_of_them:
+        for owner, name in public_functions():
+            replace(all_of_them, owner, name, calls)
+        call()
+    return sorted(set(calls), key=str)
+
+
+def calls_of(call, owner, name, monkeypatch):
+    calls = []
+    with monkeypatch.context() as this_one:
+        replace(this_one, owner, name, calls)
+        result = call()
+    return len(calls), result
+
+
+def layers_of(name):
+    made = LAYERS[name]()
+    return [nn.Linear(4, 4), *(made if isinstance(made, nn.Sequential) else [made])]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("planned_before", [True, False])
+def test_a_replaced_function_is_called_as_by_stock_layers(name, planned_before, monkeypatch):
+    stock = nn.Sequential(*layers_of(name))
+    x = torch.rand(3, 2, 4)
+    expected = stock(x)
+    found = called(lambda: stock(x))
+    assert (F, "linear") in found
+    for owner, function in found:
+        for make in (lambda: FusedSequential(*stock), lambda: nn.Sequential(*stock)):
+            net = make()
+            if planned_before:
+                mylayers.optimize(net)
+                for _ in range(2):
+                    net(x)
+
+            def call(net=net):
+                mylayers.optimize(net)
+                return net(x)
+
+            wanted, _ = calls_of(lambda: stock(x), owner, function, monkeypatch)
+            assert wanted > 0
+            number, y = calls_of(call, owner, function, monkeypatch)
+            assert number == wanted, function
+            torch.testing.assert_close(y, expected)
+            with Calls() as seen:  # all in their places again
+                call()
+            assert [operator for operator, _ in seen.seen] == ["sequential_outputs"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_replaced_function_of_a_loss_is_called(loss, as_function, monkeypatch):
+    criterion = LOSSES[loss][as_function]
+    stock = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    net, x = FusedSequential(*stock), torch.rand(5, 4)
+    y = torch.tensor([0, 1, 2, 1, 0]) if loss == "CrossEntropyLoss" else torch.rand(5, 3)
+
+    def three_lines():
+        value = criterion(stock(x), y)
+        value.backward()
+        return value.detach()
+
+    found = called(lambda: criterion(stock(x), y))
+    assert (torch, "tanh") in found
+    for owner, function in (*found, (torch.Tensor, "backward"), (torch.autograd, "backward")):
+        wanted, expected = calls_of(three_lines, owner, function, monkeypatch)
+        number, value = calls_of(
+            lambda: mylayers.forward_backward(net, criterion, x, y), owner, function, monkeypatch
+        )
+        assert number == wanted, function
+        torch.testing.assert_close(value, expected)
