@@ -398,8 +398,8 @@ mylayers::Criterion criterion_argument(PyObject* value) {
   return criterion;
 }
 
-// What PyTorch's losses and a backward call. Not a static of its own making, which would be waited for
-// with the GIL held while the import gives it up.
+// What PyTorch's losses and a backward call. Not a static of its own making, which would be waited
+// for with the GIL held while the import gives it up.
 const mylayers::WatchedFunctions& functions_of_training() {
   static const mylayers::WatchedFunctions* found = nullptr;
   if (found == nullptr) {

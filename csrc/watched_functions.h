@@ -1,5 +1,6 @@
-// The functions that layers look up by name whenever they are called (mylayers/_watched.py). Whoever
-// replaces one means it to be called, so a chain computes for its layers only while all are in place.
+// The functions that layers look up by name whenever they are called (mylayers/_watched.py).
+// Whoever replaces one means it to be called, so a chain computes for its layers only while all are
+// in place.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,8 +1,8 @@
 """What ``torch.utils.flop_counter`` counts for our operators: as for stock layers, their products.
 
 One of ``(m, k)`` and ``(k, n)`` is ``2 m n k`` operations there; sums, means and activations are
-none. PyTorch's counter imports Triton where that is installed, which takes a tenth as long as all of
-PyTorch, so it is not imported for this: whoever imports it gets our formulas with it.
+none. PyTorch's counter imports Triton where that is installed, which takes a tenth of the time of
+all of PyTorch, so it is not imported for this: whoever imports it gets our formulas with it.
 """
 
 import importlib
@@ -29,8 +29,8 @@ def _linear_act_backward(
     grad_output: _Shape,
     input: _Shape | None,
     weight: _Shape | None,
-    output: _Shape | None,
-    activation: str | None,
+    _output: _Shape | None,
+    _activation: str | None,
     output_mask: Sequence[bool],
     **_: Any,
 ) -> int:

@@ -23,6 +23,7 @@ from mylayers.layers import CenteredLayer, MyLinear
 __all__ = ["FusedSequential"]
 
 _is_compiling = torch.compiler.is_compiling
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -335,6 +336,7 @@ class FusedSequential(nn.Sequential):
     # None for a child that runs by itself, and the place after it); and the chain that is all.
     _prepared: tuple[tuple[object, ...], tuple[tuple[object, int], ...]] | None
     _whole: object
+    __jit_ignored_attributes__ = ["_prepared", "_whole"]  # noqa: RUF012  (torch.nn's protocol)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; the extension goes straight to the chain where that comes to the same.
@@ -349,6 +351,11 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The children's result, one after another."""
+        if _is_scripting():
+            x = input
+            for child in self:
+                x = child(x)
+            return x
         children = list(self)
         if _is_compiling():
             return _run(children, input)

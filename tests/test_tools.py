@@ -1,19 +1,27 @@
-"""What looks at a network from outside: counters, profilers, hooks on the graph, wrapped functions."""
+"""What looks at a network from outside, or takes it elsewhere, works as with stock layers.
 
+Counters, profilers, hooks on the graph, functions that somebody has replaced; TorchScript, FX,
+torch.package, cloudpickle, copies.
+"""
+
+import copy
+import functools
+import io
 import subprocess
 import sys
 
+import cloudpickle
 import pytest
 import torch
-import torch.nn.functional as F
+from common import Calls
 from torch import nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from torch.overrides import get_overridable_functions
+from torch.package import PackageExporter, PackageImporter, PackagingError
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from common import Calls
-
 import mylayers
-from mylayers import CenteredLayer, FusedSequential, MyLinear
+from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, sync
 from mylayers.sequential import plan
 
 # ---- operations, as PyTorch's counter has them -------------------------------------------------
@@ -64,12 +72,18 @@ FLATTENING = {
         lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5)),
         (5, 2, 3),
     ),
-    "leading": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(0, -2), nn.Linear(4, 5)), (5, 2, 3)),
+    "leading": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten(0, -2), nn.Linear(4, 5)),
+        (5, 2, 3),
+    ),
     "of no dimension": (lambda: nn.Sequential(nn.Flatten(0), MyLinear(1, 5)), ()),
 }
 CASES = {
-    **{(name, shape): (net, shape) for name, net in NETS.items()
-       for shape in ((6,), (5, 6), (0, 6), (2, 5, 6), (2, 1, 3, 6))},
+    **{
+        (name, shape): (net, shape)
+        for name, net in NETS.items()
+        for shape in ((6,), (5, 6), (0, 6), (2, 5, 6), (2, 1, 3, 6))
+    },
     **{("flatten " + name, shape): (net, shape) for name, (net, shape) in FLATTENING.items()},
 }
 
@@ -100,13 +114,18 @@ def test_operations_are_counted_as_of_the_stock_network(case, how):
             wanted = parameters[of_parameters]
             for parameter in parameters:
                 parameter.requires_grad_(any(parameter is one for one in wanted))
-            counts.append(flops_there_and_back(lambda: call(x), [x] * of_input + wanted))
+            of = functools.partial(call, x)
+            counts.append(flops_there_and_back(of, [x] * of_input + wanted))
         assert counts[0] == counts[1]
         assert (counts[0][0] > 0) == all(t.numel() > 0 for t in (x, *parameters))
 
 
 def test_every_operator_has_a_formula():
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("mylayers::")}
+    names = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("mylayers::")
+    }
     for name in names:
         assert getattr(torch.ops.mylayers, name) in flop_registry, name
 
@@ -165,9 +184,10 @@ def test_the_counter_knows_our_operators_whichever_is_imported_first(imports):
 
 
 def test_the_import_leaves_the_counter_unimported():
-    assert python(
-        "import sys, mylayers; print('torch.utils.flop_counter' in sys.modules)"
-    ) == "False\n"
+    assert (
+        python("import sys, mylayers; print('torch.utils.flop_counter' in sys.modules)")
+        == "False\n"
+    )
 
 
 # ---- the profiler ------------------------------------------------------------------------------
@@ -329,3 +349,174 @@ def test_a_replaced_function_of_a_loss_is_called(loss, as_function, monkeypatch)
         )
         assert number == wanted, function
         torch.testing.assert_close(value, expected)
+
+
+# ---- the network taken elsewhere ---------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A module of somebody's with a network in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 1
+
+
+def optimized(net):
+    mylayers.optimize(net)
+    return net
+
+
+NETWORKS = {
+    "MyLinear": lambda: MyLinear(4, 3),
+    "without bias and activation": lambda: MyLinear(4, 3, bias=False, activation=None),
+    "CenteredLayer": CenteredLayer,
+    "CenteredLayer(1)": lambda: CenteredLayer(1),
+    "CenteredLayer((0, 1))": lambda: CenteredLayer((0, 1)),
+    "Sequential of ours": lambda: nn.Sequential(MyLinear(4, 3, activation="elu"), CenteredLayer()),
+    "FusedSequential": lambda: FusedSequential(
+        nn.Linear(4, 3), nn.Tanh(), CenteredLayer(0), MyLinear(3, 2)
+    ),
+    "optimized": lambda: optimized(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), MyLinear(3, 2))),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    return NETWORKS[request.param]()
+
+
+@pytest.fixture(params=["alone", "within", "called before"])
+def net(request, network):
+    """A network by itself, in another module, and when it has a plan of its last call."""
+    if request.param == "called before":
+        network(torch.rand(3, 4))
+    return Around(network) if request.param == "within" else network
+
+
+def stored(scripted):
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def ours_in(module):
+    return [type(layer) for layer in module.modules() if type(layer) in (MyLinear, CenteredLayer)]
+
+
+def test_a_scripted_network_calls_our_operators_saved_and_loaded(net):
+    x = torch.rand(3, 4, requires_grad=True)
+    expected = net(x)
+    wanted = torch.autograd.grad(expected.sin().sum(), [x, *net.parameters()])
+    for scripted in (torch.jit.script(net), stored(torch.jit.script(net))):
+        graph = str(scripted.inlined_graph)
+        for cls, operator in ((MyLinear, "linear_act"), (CenteredLayer, "center")):
+            assert graph.count(f"mylayers::{operator}(") == ours_in(net).count(cls)
+        for _ in range(3):  # TorchScript optimises at the second call
+            y = scripted(x)
+            torch.testing.assert_close(y, expected)
+            grads = torch.autograd.grad(y.sin().sum(), [x, *scripted.parameters()])
+            torch.testing.assert_close(grads, wanted)
+
+
+def test_scripting_leaves_the_network_as_it_was(net):
+    before = {name: type(module) for name, module in net.named_modules()}
+    torch.jit.script(net)
+    assert {name: type(module) for name, module in net.named_modules()} == before
+    net(torch.rand(3, 4))
+
+
+def test_the_function_scripts_too():
+    @torch.jit.script
+    def layer(x, weight):
+        return mylayers.functional.linear_act(x, weight, None, "tanh")
+
+    x, weight = torch.rand(3, 4), torch.rand(4, 2)
+    assert torch.equal(layer(x, weight), mylayers.functional.linear_act(x, weight, None, "tanh"))
+    assert "mylayers::linear_act" in str(layer.inlined_graph)
+
+
+def test_a_mean_over_processes_says_what_to_use_instead_of_scripting():
+    layer = CenteredLayer()
+    layer._group = sync.Group("0", (0, 1))
+    for of in (layer, Around(layer)):
+        with pytest.raises(
+            RuntimeError, match=r"CenteredLayer: .* use torch\.export\.export, or set"
+        ):
+            torch.jit.script(of)
+
+
+def test_a_lazy_layer_scripts_once_its_sizes_are_known():
+    layer, x = LazyMyLinear(3), torch.rand(2, 4)
+    with pytest.raises(RuntimeError, match="uninitialized parameters"):
+        torch.jit.script(layer)
+    expected = layer(x)
+    assert torch.equal(torch.jit.script(layer)(x), expected)
+
+
+def test_fx_records_the_operators_and_stock_layers(net):
+    x = torch.rand(3, 4)
+    traced = torch.fx.symbolic_trace(net)
+    torch.testing.assert_close(traced(x), net(x))
+    targets = [str(node.target) for node in traced.graph.nodes]
+    for cls, operator in ((MyLinear, "linear_act"), (CenteredLayer, "center")):
+        assert targets.count(f"mylayers.{operator}") == ours_in(net).count(cls)
+
+
+def packaged(net, how):
+    file = io.BytesIO()
+    with PackageExporter(file) as exporter:
+        getattr(exporter, how)("mylayers.**")
+        exporter.extern("torch.**")
+        exporter.save_pickle("net", "net.pkl", net)
+    file.seek(0)
+    return PackageImporter(file).load_pickle("net", "net.pkl")
+
+
+# torch.package's own use of the typed storages that PyTorch has left behind.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_package_holds_a_network_and_asks_for_ours_from_outside(network):
+    network(torch.rand(3, 4))
+    x, loaded = torch.rand(3, 4), packaged(network, "extern")
+    assert type(loaded) is type(network)
+    assert torch.equal(loaded(x), network(x))
+    with pytest.raises(PackagingError, match=r"C extension module.*\n.*mylayers\._C"):
+        packaged(network, "intern")
+
+
+def test_cloudpickle_takes_a_network_also_in_a_class_of_main(network):
+    network(torch.rand(3, 4))
+
+    class Own(Around):
+        pass
+
+    x = torch.rand(3, 4)
+    for net in (network, Own(network)):
+        loaded = cloudpickle.loads(cloudpickle.dumps(net))
+        assert torch.equal(loaded(x), net(x))
+        assert not {p.data_ptr() for p in loaded.parameters()} & {
+            p.data_ptr() for p in net.parameters()
+        }
+
+
+def test_a_shallow_copy_shares_what_that_of_a_stock_module_shares(network):
+    x = torch.rand(3, 4)
+    network(x)
+    shallow = copy.copy(network)
+    assert type(shallow) is type(network)
+    assert torch.equal(shallow(x), network(x))
+    for one, other in zip(shallow.parameters(), network.parameters(), strict=True):
+        assert one is other
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1)
+    assert torch.equal(shallow(x), network(x))
+    if isinstance(network, nn.Sequential):
+        assert shallow[0] is network[0]
+        stock = nn.Sequential(*network)
+        is_shared = copy.copy(stock)._modules is stock._modules
+        assert (shallow._modules is network._modules) == is_shared

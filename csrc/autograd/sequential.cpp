@@ -16,8 +16,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Every output is one of the node's, though only the last leaves the chain: the gradients of a
-// gradient come back through those that backward has read. The last is the node's first, for that is
-// where hooks on a grad_fn look for the gradient.
+// gradient come back through those that backward has read. The last is the node's first, for that
+// is where hooks on a grad_fn look for the gradient.
 void last_first(variable_list& tensors) {
   std::rotate(tensors.begin(), tensors.end() - 1, tensors.end());
 }
