@@ -144,7 +144,7 @@ struct Chain {
   unsigned parent;             // version of the parent's class
   Py_ssize_t first, siblings;  // place of the first child, and how many children there are
   std::vector<Child> children;
-  mylayers::WatchedFunctions functions = {};  // that the children would call
+  mutable mylayers::WatchedFunctions functions = {};  // that the children would call
 
   static constexpr const char* kName = "mylayers.Chain";
 };
@@ -400,8 +400,8 @@ mylayers::Criterion criterion_argument(PyObject* value) {
 
 // What PyTorch's losses and a backward call. Not a static of its own making, which would be waited
 // for with the GIL held while the import gives it up.
-const mylayers::WatchedFunctions& functions_of_training() {
-  static const mylayers::WatchedFunctions* found = nullptr;
+mylayers::WatchedFunctions& functions_of_training() {
+  static mylayers::WatchedFunctions* found = nullptr;
   if (found == nullptr) {
     auto made = std::make_unique<mylayers::WatchedFunctions>();
     made->add(py::module_::import("torch.nn.modules.loss").attr("_Loss"));
