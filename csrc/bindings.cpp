@@ -280,7 +280,7 @@ PyObject* run(
   const auto refuse = [] { return Py_NewRef(Py_NotImplemented); };
   if (!THPVariable_CheckExact(input) || !PyDict_CheckExact(modules) ||
       PyDict_GET_SIZE(modules) != chain->siblings || at::impl::torch_function_mode_enabled() ||
-      at::tracer::impl::is_dispatch_enabled() || !chain->functions.are_in_place()) {
+      at::tracer::impl::is_dispatch_enabled() || chain->functions.replaced() != 0) {
     return refuse();
   }
   for (const py::object& hooks : names.global_hooks) {
@@ -420,7 +420,7 @@ PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
   const bool has_plain_loss = args[1] == Py_None || is_plain(names(), dict_of(args[1]).ptr());
   if (chain == nullptr || modules == nullptr || !has_plain_loss ||
-      !functions_of_training().are_in_place() || !THPVariable_CheckExact(args[4])) {
+      functions_of_training().replaced() != 0 || !THPVariable_CheckExact(args[4])) {
     return Py_NewRef(Py_NotImplemented);
   }
   const mylayers::Criterion criterion = criterion_argument(args[2]);

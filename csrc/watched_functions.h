@@ -53,10 +53,17 @@ class WatchedFunctions {
     const auto called = py::module_::import("mylayers._watched").attr("called_by")(cls);
     for (const py::handle item : called) {
       const auto place = item.cast<py::tuple>();
-      functions_.push_back({place[0], place[1], place[2]});
-      PyObject* owner = functions_.back().owner.ptr();
-      const auto is_this = [&](const Owner& other) { return other.owner == owner; };
-      if (std::none_of(owners_.begin(), owners_.end(), is_this)) {
+      const Function function{place[0], place[1], place[2]};
+      const auto is_this = [&](const Function& other) {
+        return other.owner.is(function.owner) && other.name.equal(function.name);
+      };
+      if (std::any_of(functions_.begin(), functions_.end(), is_this)) {
+        continue;
+      }
+      functions_.push_back(function);
+      PyObject* owner = function.owner.ptr();
+      const auto has_owner = [&](const Owner& other) { return other.owner == owner; };
+      if (std::none_of(owners_.begin(), owners_.end(), has_owner)) {
         if (PyModule_Check(owner)) {
           watch(owner);
         }
@@ -66,14 +73,15 @@ class WatchedFunctions {
     look();
   }
 
-  bool are_in_place() {
+  // Which of them are replaced, a bit for each: 0 if none is, another number for other ones.
+  uint64_t replaced() {
     for (const auto& [owner, version] : owners_) {
       if (version == 0 || version != version_of(owner)) {
         look();
         break;
       }
     }
-    return are_in_place_;
+    return replaced_;
   }
 
  private:
@@ -86,13 +94,17 @@ class WatchedFunctions {
   };
 
   void look() {
-    are_in_place_ = std::all_of(functions_.begin(), functions_.end(), [](const Function& f) {
+    replaced_ = 0;
+    for (size_t i = 0; i < functions_.size(); ++i) {  // there are less than 64
+      const Function& f = functions_[i];
       PyObject* owner = f.owner.ptr();
       PyObject* found = PyModule_Check(owner)
                             ? PyDict_GetItemWithError(PyModule_GetDict(owner), f.name.ptr())
                             : _PyType_Lookup(reinterpret_cast<PyTypeObject*>(owner), f.name.ptr());
-      return found == f.original.ptr();
-    });
+      if (found != f.original.ptr()) {
+        replaced_ |= uint64_t(1) << i;
+      }
+    }
     for (Owner& owner : owners_) {
       owner.version = version_of(owner.owner);
     }
@@ -100,7 +112,7 @@ class WatchedFunctions {
 
   std::vector<Function> functions_;
   std::vector<Owner> owners_;
-  bool are_in_place_ = true;
+  uint64_t replaced_ = 0;
 };
 
 }  // namespace mylayers
