@@ -305,6 +305,8 @@ def test_a_replaced_function_is_called_as_by_stock_layers(name, planned_before, 
     expected = stock(x)
     found = called(lambda: stock(x))
     assert (F, "linear") in found
+    ours = {"MyLinear": ["linear_act"], "CenteredLayer": ["center"]}
+    assert [f for owner, f in found if owner is mylayers.functional] == ours.get(name, [])
     for owner, function in found:
         for make in (lambda: FusedSequential(*stock), lambda: nn.Sequential(*stock)):
             net = make()
