@@ -19,6 +19,7 @@
 #include "linear_act.h"
 #include "sequential.h"
 #include "training.h"
+#include "watched_functions.h"
 
 namespace py = pybind11;
 
@@ -144,6 +145,7 @@ struct Chain {
   unsigned parent;             // version of the parent's class
   Py_ssize_t first, siblings;  // place of the first child, and how many children there are
   std::vector<Child> children;
+  mutable mylayers::WatchedFunctions functions = {};  // that the children would call
 
   static constexpr const char* kName = "mylayers.Chain";
 };
@@ -171,6 +173,7 @@ py::capsule make_chain(
       made.attributes.emplace_back(pair[0], pair[1]);
     }
     chain->children.push_back(std::move(made));
+    chain->functions.add(child[0]);
   }
   return py::capsule(chain.release(), Chain::kName, [](PyObject* capsule) {
     delete static_cast<Chain*>(PyCapsule_GetPointer(capsule, Chain::kName));
@@ -278,7 +281,7 @@ PyObject* run(
   const auto refuse = [] { return Py_NewRef(Py_NotImplemented); };
   if (!THPVariable_CheckExact(input) || !PyDict_CheckExact(modules) ||
       PyDict_GET_SIZE(modules) != chain->siblings || at::impl::torch_function_mode_enabled() ||
-      at::tracer::impl::is_dispatch_enabled()) {
+      at::tracer::impl::is_dispatch_enabled() || chain->functions.replaced() != 0) {
     return refuse();
   }
   for (const py::object& hooks : names.global_hooks) {
@@ -396,6 +399,18 @@ mylayers::Criterion criterion_argument(PyObject* value) {
   return criterion;
 }
 
+// What PyTorch's losses and a backward call. Not a static of its own making, which would be waited
+// for with the GIL held while the import gives it up.
+mylayers::WatchedFunctions& functions_of_training() {
+  static mylayers::WatchedFunctions* found = nullptr;
+  if (found == nullptr) {
+    auto made = std::make_unique<mylayers::WatchedFunctions>();
+    made->add(py::module_::import("torch.nn.modules.loss").attr("_Loss"));
+    found = made.release();
+  }
+  return *found;
+}
+
 // (a FusedSequential, a loss's module or None, what the loss is, input, target): the loss, its
 // gradients added to the parameters'; NotImplemented, and nothing done, where a graph is needed.
 PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -406,7 +421,7 @@ PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
   const bool has_plain_loss = args[1] == Py_None || is_plain(names(), dict_of(args[1]).ptr());
   if (chain == nullptr || modules == nullptr || !has_plain_loss ||
-      !THPVariable_CheckExact(args[4])) {
+      functions_of_training().replaced() != 0 || !THPVariable_CheckExact(args[4])) {
     return Py_NewRef(Py_NotImplemented);
   }
   const mylayers::Criterion criterion = criterion_argument(args[2]);

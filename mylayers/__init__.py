@@ -32,7 +32,7 @@ if not any(
         )
     __path__[:] = _spec.submodule_search_locations
 
-from mylayers import functional, onnx, reference
+from mylayers import _flops, functional, onnx, reference
 from mylayers._extension import build_info, cmake_prefix_path
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
 from mylayers.optimization import Report, optimize, restore
@@ -55,3 +55,5 @@ __all__ = [
     "restore",
 ]
 __version__ = "0.1.0"
+
+_flops.register()

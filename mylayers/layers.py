@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
+
 
 def _integer(value: object) -> int | None:
     """The value of whatever acts as an integer, NumPy's included; None for all else."""
@@ -133,10 +135,12 @@ class MyLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``act(input @ weight + bias)``; see :func:`mylayers.functional.linear_act`."""
+        if _is_scripting():
+            return torch.ops.mylayers.linear_act(input, self.weight, self.bias, self.activation)  # type: ignore[no-any-return]
         # nn.Module finds a parameter only after every other place has failed: half a microsecond
         # each, a third of a small call. A parametrised weight is found there, as an attribute.
-        # (own.get("weight", self.weight) would look it up there all the same.)
-        own: dict[str, Tensor] = self._parameters  # type: ignore[assignment]  # bias may be None
+        # (own.get("weight", self.weight) would look it up there all the same.) A bias may be None.
+        own: dict[str, Tensor] = self._parameters  # type: ignore[assignment]
         weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         return functional.linear_act(input, weight, bias, self.activation)
@@ -294,7 +298,10 @@ class CenteredLayer(nn.Module):
         tensor([-2., -1.,  0.,  1.,  2.])
     """
 
-    __constants__ = ["dim"]  # noqa: RUF012  (torch.nn's protocol)
+    # torch.nn's protocols.
+    __constants__ = ["dim"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["_group"]  # noqa: RUF012
+    __jit_unused_properties__ = ["process_group"]  # noqa: RUF012
 
     dim: int | tuple[int, ...] | None
     _group: "Group | None" = None
@@ -343,11 +350,29 @@ class CenteredLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input - input.mean(dim)``; see :func:`mylayers.functional.center`."""
+        if _is_scripting():
+            return torch.ops.mylayers.center(input, self.dim)  # type: ignore[no-any-return]
         if self._group is None:
             return functional.center(input, self.dim)
+        return self._center_over(self._group, input)
+
+    def _center_over(self, group: "Group", input: Tensor) -> Tensor:
         from mylayers import sync
 
-        return sync.center(input, self.dim, self._group)
+        return sync.center(input, self.dim, group)
+
+    def __prepare_scriptable__(self) -> "CenteredLayer":
+        """Itself, which ``torch.jit.script`` asks for, unless it would lose the group.
+
+        Raises:
+            RuntimeError: the mean is over several processes.
+        """
+        if self._group is not None:
+            raise RuntimeError(
+                "CenteredLayer: torch.jit.script cannot take a mean over a process group; use "
+                "torch.export.export, or set process_group = None for the mean in one process"
+            )
+        return self
 
     def extra_repr(self) -> str:
         """The dimensions, unless all, and the processes, unless one."""

@@ -16,12 +16,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mylayers import _watched
 from mylayers._extension import _C
 from mylayers.layers import CenteredLayer, MyLinear
 
 __all__ = ["FusedSequential"]
 
 _is_compiling = torch.compiler.is_compiling
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -133,6 +135,8 @@ def _layer(child: nn.Module) -> _Layer | Unfused:
     call = nn.Module.__call__ if _is_compiling() else _CALL
     if cls.forward is not _FORWARDS[base] or cls.__call__ is not call:
         return Unfused(f"{cls.__name__} overrides {base.__name__}.forward")
+    if function := _watched.replaced(base):
+        return Unfused(f"{function} was replaced")
     own = child.__dict__
     if isinstance(child._parameters.get("weight"), UninitializedParameter):
         return Unfused("its sizes are not known yet")
@@ -332,6 +336,7 @@ class FusedSequential(nn.Sequential):
     # None for a child that runs by itself, and the place after it); and the chain that is all.
     _prepared: tuple[tuple[object, ...], tuple[tuple[object, int], ...]] | None
     _whole: object
+    __jit_ignored_attributes__ = ["_prepared", "_whole"]  # noqa: RUF012  (torch.nn's protocol)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; the extension goes straight to the chain where that comes to the same.
@@ -346,6 +351,11 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The children's result, one after another."""
+        if _is_scripting():
+            x = input
+            for child in self:
+                x = child(x)
+            return x
         children = list(self)
         if _is_compiling():
             return _run(children, input)

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,14 @@ def test_aten_cpu_capability_lowers_the_kernels_and_they_pass_the_self_check(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_matrix_units_that_onednn_may_not_use_are_done_without(isa, tmp_path):
+    done = run("-m", "mylayers", cwd=tmp_path, DNNL_MAX_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bfloat16     on float32 arithmetic" in done.stdout
+    assert re.search(r"MyLinear +bfloat16 .* ok", done.stdout)
+
+
 def test_the_report_names_torch_and_ends_all_right(capsys):
     assert report.main() == 0
     text = capsys.readouterr().out
@@ -153,3 +164,42 @@ def test_a_missing_compiler_says_what_to_install(build):
     assert done.returncode == 1
     assert "found no compiler ('no-such-compiler' is not on the PATH)" in done.stderr
     assert "apt-get install g++" in done.stderr
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def sdist(tree, to):
+    """What the backend packs of a tree, as pip and ``python -m build`` would have it; unpacked."""
+    code = f"import backend; print(backend.build_sdist({str(to)!r}))"
+    done = run("-c", code, cwd=tree, PYTHONPATH=str(tree / "build_support"))
+    assert done.returncode == 0, done.stderr
+    name = done.stdout.split()[-1]
+    with tarfile.open(to / name) as archive:
+        archive.extractall(to, filter="data")
+    return to / name.removesuffix(".tar.gz")
+
+
+def test_the_source_distribution_has_all_that_the_repository_has_but_builds_and_results(tmp_path):
+    def left_out(folder, names):
+        outside = {name for name in names if name.startswith(".") or name.endswith(".egg-info")}
+        return outside | {"build", "dist", "out"} if Path(folder) == ROOT else {"__pycache__"}
+
+    tree = tmp_path / "tree"
+    ours = shutil.ignore_patterns("results", "*.so", "_built_for.py")
+    shutil.copytree(ROOT, tree, ignore=lambda f, names: left_out(f, names) | set(ours(f, names)))
+    expected = files_in(tree)
+    assert {"build_support/backend.py", "csrc/cpu/kernels.inl", "docs/design.md"} <= expected
+    for name in ("_C.abi.so", "libmylayers.so", "_built_for.py", "__pycache__/layers.pyc"):
+        (tree / "mylayers" / name).parent.mkdir(exist_ok=True)
+        (tree / "mylayers" / name).touch()
+    (tree / "benchmarks" / "results").mkdir()
+    (tree / "benchmarks" / "results" / "results.csv").touch()
+
+    unpacked = sdist(tree, tmp_path)
+    made = {name for name in files_in(unpacked) if ".egg-info" in name} | {"PKG-INFO", "setup.cfg"}
+    assert files_in(unpacked) - made == expected
+    # Its own backend runs, which imports what setup.py does, and packs the same again.
+    (tmp_path / "again").mkdir()
+    assert files_in(sdist(unpacked, tmp_path / "again")) - made == expected

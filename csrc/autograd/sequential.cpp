@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../sequential.h"
 #include "exits.h"
 
@@ -14,7 +16,15 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Every output is one of the node's, though only the last leaves the chain: the gradients of a
-// gradient come back through those that backward has read.
+// gradient come back through those that backward has read. The last is the node's first, for that
+// is where hooks on a grad_fn look for the gradient.
+void last_first(variable_list& tensors) {
+  std::rotate(tensors.begin(), tensors.end() - 1, tensors.end());
+}
+void first_last(variable_list& tensors) {
+  std::rotate(tensors.begin(), tensors.begin() + 1, tensors.end());
+}
+
 struct Sequential : torch::autograd::Function<Sequential> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward
 
@@ -45,10 +55,12 @@ struct Sequential : torch::autograd::Function<Sequential> {
     if (auto flattened = flattened_sizes(input, outputs, program); !flattened.empty()) {
       ctx->saved_data["flattened"] = std::move(flattened);
     }
+    last_first(outputs);
     return outputs;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    first_last(grads);
     const auto kept = Program::of(ctx->saved_data["program"].toStringView());
     const Program& program = *kept;
     const size_t tensors = 1 + program.parameters;
@@ -93,7 +105,9 @@ std::vector<at::Tensor> sequential_outputs_autograd(
   }
   if (records_gradient(args)) {
     program.check_parameters(parameters);
-    return Sequential::apply(input, parameters, program);
+    auto outputs = Sequential::apply(input, parameters, program);
+    first_last(outputs);
+    return outputs;
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return sequential_outputs(input, parameters, program);
