@@ -13,6 +13,7 @@ end in an exception. Under .ci/sanitize nothing may be read or written that is n
 
 import argparse
 import ast
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -109,7 +110,9 @@ def programs(draw: st.DrawFn, shape: list[int]) -> tuple[str, list[list[int]]]:
     """A program for an input of this shape, and its parameters' shapes."""
     shape, steps, parameters = list(shape), [], []
     for _ in range(draw(st.integers(1, 6))):
-        kind = draw(st.sampled_from(["linear", "linear_t"] * 3 + ["activation", "center", "flatten"]))
+        kind = draw(
+            st.sampled_from(["linear", "linear_t"] * 3 + ["activation", "center", "flatten"])
+        )
         if kind.startswith("linear"):
             units, bias, act = draw(size), draw(st.booleans()), draw(activation)
             steps.append(kind + ("+bias" if bias else "") + (f"+{act}" if act else ""))
@@ -235,9 +238,7 @@ def gradients(output: Tensor, leaves: list[Tensor | None], grad: Tensor) -> list
     """Of the leaves that require one; None for the others."""
     asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     found = iter(torch.autograd.grad(output, asked, grad, allow_unused=True) if asked else [])
-    return [
-        next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves
-    ]
+    return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
 
 
 def leaves(tensors: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
@@ -356,7 +357,7 @@ def check_training(case: Case) -> None:
     dtype, units = DTYPES[case["dtype"]], case["units"]
     torch.manual_seed(len(units))
     children: list[nn.Module] = []
-    for place, (a, b) in enumerate(zip(units, units[1:], strict=False)):
+    for place, (a, b) in enumerate(itertools.pairwise(units)):
         if case["ours"][place]:
             children.append(mylayers.MyLinear(a, b, bias=case["bias"][place]))
         else:
@@ -397,7 +398,7 @@ def check_wrong(case: Case) -> None:
         tensors.append(t)
     try:
         if case["operator"] == "linear_act":
-            output = functional.linear_act(*(tensors + [None])[:3], case["activation"])
+            output = functional.linear_act(*[*tensors, None][:3], case["activation"])
         elif case["operator"] == "center":
             output = functional.center(tensors[0], case["dim"])
         elif case["operator"] == "sequential":
@@ -452,6 +453,7 @@ def run(cases: int, seed: int, last: Path | None = None) -> Counter[str]:
             max_examples=min(left, CHUNK),
             deadline=None,
             database=None,
+            report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         )

@@ -4,8 +4,8 @@
 
 Memory is what the process has of its own (RssAnon of /proc/self/status), read after a tenth of the
 calls, when caches and the allocator have what they want, and at the end: a call that keeps one
-small object for ever makes 16 MB more of it, and 1 MiB is what may come. LeakSanitizer would not see
-it where Python still knows the object.
+small object for ever makes 16 MB more of it, and 1 MiB is what may come. LeakSanitizer would not
+see it where Python still knows the object.
 """
 
 import argparse

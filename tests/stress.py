@@ -3,9 +3,9 @@
     python tests/stress.py --seconds 60
 
 Threads call a ``FusedSequential``, in inference and in training steps; beside them others do all
-that makes it plan anew and changes no value: hooks put on and taken off, ``train()`` and ``eval()``,
-children and parameters replaced by equal ones, ``optimize`` and ``restore`` of a model that holds
-it, calls under a mode. So every result has the bits of the first, whatever ran beside it; and under
+that makes it plan anew and changes no value: hooks put on and taken off, ``train()`` and
+``eval()``, children and parameters replaced by equal ones, ``optimize`` and ``restore``, calls
+under a mode. So every result has the bits of the first, whatever ran beside it; and under
 .ci/sanitize nobody may read what another has freed, or write while another reads.
 """
 
@@ -70,9 +70,7 @@ class Stress:
         torch.autograd.grad(output.sum(), self.net[0].weight, allow_unused=True)
 
     def step(self) -> None:
-        loss = mylayers.forward_backward(
-            self.net, nn.functional.mse_loss, self.x, self.target
-        )
+        loss = mylayers.forward_backward(self.net, nn.functional.mse_loss, self.x, self.target)
         self.expect(loss, self.loss)
 
     def infer_in_a_mode(self) -> None:
