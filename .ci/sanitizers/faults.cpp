@@ -51,6 +51,27 @@ void misaligned_load() {
   sink = static_cast<int>(*reinterpret_cast<int64_t*>(bytes + 1 + zero));
 }
 
+// Of memory that comes as a tensor's does, one piece with its guard in front and one behind.
+void write_before_or_behind_a_tensor() {
+  for (int turn = 0; turn < 2; ++turn) {
+    void* memory = nullptr;
+    sink = posix_memalign(&memory, 64, 68 + zero);
+    volatile float* values = static_cast<float*>(memory);
+    values[17 + zero] = 1;
+    values[-1 + zero] = 1;
+    std::free(memory);
+  }
+}
+
+void read_a_freed_tensor() {
+  void* memory = nullptr;
+  sink = posix_memalign(&memory, 64, 68 + zero);
+  volatile float* values = static_cast<float*>(memory);
+  values[zero] = 1;
+  std::free(memory);
+  sink = static_cast<int>(values[zero]);
+}
+
 void race() {
   std::thread other([] { ++shared; });
   ++shared;
@@ -67,7 +88,9 @@ void race_in_a_region() {
 }
 
 void sound() {
-  auto* values = static_cast<char*>(std::malloc(64));
+  void* memory = nullptr;
+  sink = posix_memalign(&memory, 64, 64);
+  auto* values = static_cast<char*>(memory);
   std::memset(values, 1, 64);
   int64_t value = 0;
   std::memcpy(&value, values + 1 + zero, sizeof value);
