@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import samples
@@ -325,6 +326,24 @@ def check_steps(x: Tensor, parameters: list[Tensor], program: str, outputs: list
         x = output
 
 
+class EluByItsOutput(torch.autograd.Function):
+    """elu, whose derivative is taken from the output, as in all of the library's backwards.
+
+    PyTorch's takes it from the input: where the output is near -1, the two differ by a rounding of
+    1, which is much of so small a derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.nn.functional.elu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ops.aten.elu_backward(grad, 1, 1, 1, True, *ctx.saved_tensors)
+
+
 def check_sequential(case: Case) -> None:
     program = case["program"]
     x = drawn(case, 0, case["shape"])
@@ -336,7 +355,8 @@ def check_sequential(case: Case) -> None:
     check_steps(x, parameters, program, outputs)
 
     made = leaves([x, *parameters], case["wanted"])
-    one_by_one = outputs_one_by_one(made[0], made[1:], program)[-1]
+    with mock.patch.dict(reference.ACTIVATIONS, elu=EluByItsOutput.apply):
+        one_by_one = outputs_one_by_one(made[0], made[1:], program)[-1]
     assert same_bits(outputs[-1], one_by_one), "outputs"
     grad = LAYOUTS[case["layouts"][1]](samples.drawer("g", x.dtype), tuple(one_by_one.shape))
     expected = gradients(one_by_one, made, grad) if one_by_one.requires_grad else []
@@ -347,7 +367,9 @@ def check_sequential(case: Case) -> None:
         assert output.requires_grad == one_by_one.requires_grad
         if output.requires_grad:
             assert_same(gradients(output, again, grad), expected, "one operator")
-    rows_alone = not any(step.startswith(("center", "flatten")) for step in program.split("; "))
+    # An activation that follows no linear step is PyTorch's own, whose last bit may depend on where
+    # a value lies (sigmoid of float64).
+    rows_alone = all(step.startswith("linear") for step in program.split("; "))
     if rows_alone and len(case["shape"]) > 1 and case["shape"][0]:
         first = case["first_row"] % case["shape"][0]
         assert same_bits(ops.sequential(x[first:], parameters, program), output[first:]), "rows"
