@@ -165,6 +165,8 @@ def extension(
                 "-Wno-psabi",
                 *compiler_flags(),
                 *(flag for folder in folders for flag in ("-isystem", str(folder))),
+                # Last, so that they win; torch's build helper takes CFLAGS alone, and first.
+                *shlex.split(os.environ.get("CXXFLAGS", "")),
             ],
             "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden,-Wall"],
         },

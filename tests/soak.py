@@ -1,0 +1,169 @@
+"""A million calls of each entry, whose memory must stay flat.
+
+    python tests/soak.py --calls 1000000 [--only linear_act center]
+
+Memory is what the process has of its own (RssAnon of /proc/self/status), read after a tenth of the
+calls, when caches and the allocator have what they want, and at the end: a call that keeps one
+small object for ever makes 16 MB more of it, and 1 MiB is what may come. LeakSanitizer would not
+see it where Python still knows the object.
+"""
+
+import argparse
+import copy
+import gc
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import mylayers
+from mylayers import CenteredLayer, FusedSequential, MyLinear, functional
+
+ALLOWED = 1 << 20  # bytes
+
+Entry = Callable[[], object]
+ops = torch.ops.mylayers
+
+
+def memory() -> int:
+    """The bytes that this process holds of its own."""
+    gc.collect()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+def growth(entry: Entry, calls: int) -> int:
+    """How many bytes more the process holds after these calls than after a tenth of them."""
+    for _ in range(calls // 10):
+        entry()
+    before = memory()
+    for _ in range(calls - calls // 10):
+        entry()
+    return memory() - before
+
+
+def refused(call: Entry) -> Entry:
+    """The call, whose exception is what is wanted."""
+
+    def entry() -> None:
+        try:
+            call()
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return
+        raise AssertionError("the call was not refused")
+
+    return entry
+
+
+def entries() -> dict[str, Entry]:
+    """Each way into the compiled half, on small tensors, for those calls are many."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 8), torch.randn(8, 4), torch.randn(4)
+    wide, wide_weight = torch.randn(40, 24), torch.randn(24, 24)  # gives up the GIL
+    net = FusedSequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+    parts = FusedSequential(nn.Linear(8, 4), nn.Softplus(), nn.Linear(4, 2))
+    layer, centered = MyLinear(8, 4), CenteredLayer(-1)
+    target = torch.randn(2, 2)
+    parameters = [weight, bias, torch.randn(4, 4)]
+    program = "linear+bias+tanh; center(-1); linear"
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    chain = [t.clone().requires_grad_() for t in (x, *parameters)]
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    optimized = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    kept_weight = net[0].weight
+
+    def backward() -> None:
+        torch.autograd.grad(functional.linear_act(*leaves).sum(), leaves)
+
+    def center_backward() -> None:
+        torch.autograd.grad(functional.center(leaves[0]).sum(), leaves[0])
+
+    def sequential_backward() -> None:
+        torch.autograd.grad(ops.sequential(chain[0], chain[1:], program).sum(), chain)
+
+    def plan() -> None:
+        net.forget_plan()
+        net(x)
+
+    def mode() -> None:
+        with torch.device("cpu"):
+            net(x)
+
+    def parameter() -> None:
+        net[0].weight = nn.Parameter(kept_weight.detach())
+        net(x)
+
+    def optimize() -> None:
+        mylayers.optimize(optimized)
+        optimized(x)
+        mylayers.restore(optimized)
+
+    return {
+        "linear_act": lambda: functional.linear_act(x, weight, bias),
+        "linear_act, bfloat16": lambda: functional.linear_act(*half),
+        "linear_act, without the GIL": lambda: functional.linear_act(wide, wide_weight),
+        "linear_act, operator": lambda: ops.linear_act(x, weight, bias, "tanh"),
+        "linear_act, refused": refused(lambda: functional.linear_act(x, bias)),
+        "linear_act, backward": backward,
+        "center": lambda: functional.center(x, (0, 1)),
+        "center, operator": lambda: ops.center(x, [0]),
+        "center, refused": refused(lambda: functional.center(x, "0")),
+        "center, backward": center_backward,
+        "sequential, operator": lambda: ops.sequential(x, parameters, program),
+        "sequential, refused": refused(lambda: ops.sequential(x, parameters, "linea")),
+        "sequential, backward": sequential_backward,
+        "MyLinear": lambda: layer(x),
+        "CenteredLayer": lambda: centered(x),
+        "FusedSequential": lambda: net(x),
+        "FusedSequential, in parts": lambda: parts(x),
+        "FusedSequential, planned anew": plan,
+        "FusedSequential, under a mode": mode,
+        "FusedSequential, another parameter": parameter,
+        "FusedSequential, refused": refused(lambda: net(bias)),
+        "FusedSequential, copied": lambda: copy.deepcopy(net)(x),
+        "FusedSequential, pickled": lambda: pickle.loads(pickle.dumps(net)),
+        "forward_backward": lambda: mylayers.forward_backward(net, nn.MSELoss(), x, target),
+        "forward_backward, refused": refused(
+            lambda: mylayers.forward_backward(net, nn.MSELoss(), bias, target)
+        ),
+        "optimize and restore": optimize,
+        "build_info": mylayers.build_info,
+    }
+
+
+# Those of a fraction of a millisecond: so many calls fewer.
+SLOW = {
+    "FusedSequential, copied": 20,
+    "FusedSequential, pickled": 20,
+    "optimize and restore": 20,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=1_000_000)
+    parser.add_argument("--only", nargs="*", default=[])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    grown = []
+    for name, entry in entries().items():
+        if given.only and name not in given.only:
+            continue
+        calls, begin = given.calls // SLOW.get(name, 1), time.monotonic()
+        more = growth(entry, calls)
+        seconds = time.monotonic() - begin
+        print(f"| {name} | {calls:,} | {seconds:.0f} s | {more >> 10:+,} KiB |", flush=True)
+        grown += [name] if more > ALLOWED else []
+    if grown:
+        print(f"memory is not flat: {', '.join(grown)}")
+    return 1 if grown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
