@@ -1,9 +1,9 @@
 """Threads that call, train, copy, edit, hook, optimize and restore the same modules at once.
 
-``python tests/stress.py [seconds]``, or for one entry ``python tests/stress.py seconds name``. It
-prints how often each thread came round, and ends with 0 if every result was right and every
-exception one that PyTorch's own modules raise there. What is freed while another thread computes
-with it ends the process otherwise, which tests/test_threads.py sees from outside.
+``python tests/stress.py [seconds [scenario ...]]``. It prints how often each thread came round, and
+ends with 0 if every result was right and every exception one that PyTorch's own modules raise there.
+What is freed while another thread computes with it ends the process otherwise, which
+tests/test_threads.py sees from outside.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mylayers
 from mylayers import FusedSequential, MyLinear, forward_backward
 
-ROWS, UNITS, LAYERS = 600, 96, 12
+ROWS, UNITS, LAYERS = 1000, 96, 12
 
 
 def layers() -> list[nn.Module]:
@@ -62,14 +62,17 @@ class Stress:
             for network in self.networks():
                 self.must_be(network(self.x), self.y)
 
-    def infer_small(self) -> None:
+    def one_row(self, network: nn.Module) -> None:
         with torch.no_grad():
-            for network in self.networks():
-                self.must_be(network(self.x[:1]), self.y[:1])
+            self.must_be(network(self.x[:1]), self.y[:1])
+
+    def infer_small(self) -> None:
+        for network in self.networks():
+            self.one_row(network)
 
     def watched(self) -> None:
-        with torch.no_grad(), torch.device("cpu"):
-            self.must_be(self.fused(self.x), self.y)
+        with torch.device("cpu"):
+            self.one_row(self.fused)
 
     def train(self) -> None:
         for network in self.networks():
@@ -90,8 +93,9 @@ class Stress:
     def hook(self) -> None:
         for network in self.networks():
             handle = network[3].register_forward_hook(lambda *_: None)
-            time.sleep(0)
+            self.one_row(network)
             handle.remove()
+            self.one_row(network)
 
     def hook_all(self) -> None:
         register = nn.modules.module.register_module_forward_hook
@@ -102,7 +106,7 @@ class Stress:
     def mode(self) -> None:
         for network in self.networks():
             network.eval()
-            time.sleep(0)
+            self.one_row(network)
             network.train()
 
     def rewrite(self) -> None:
@@ -116,11 +120,12 @@ class Stress:
                 network[place] = copy.deepcopy(network[place])
 
     def replace_parameters(self) -> None:
-        for layer in (self.fused[2], self.optimized[2], self.layer):
+        for layer in (self.fused[2], self.optimized[2]):
             layer.weight = nn.Parameter(layer.weight.detach().clone())
             layer.bias = nn.Parameter(layer.bias.detach().clone())
 
     def swap_tensors(self) -> None:
+        # Of no layer whose parameters are replaced: PyTorch's detach reads what this exchanges.
         for layer in (self.fused[6], self.layer):
             with contextlib.suppress(RuntimeError):  # where a call holds one of them
                 weight = layer.weight
@@ -172,12 +177,13 @@ class Stress:
         self.stop.set()
         for thread in threads:
             thread.join()
-        print(*(f"{name} {count}" for name, count in self.rounds.items()), sep=", ")
-        print(*self.errors, sep="\n")
+        print(*(f"{name} {count}" for name, count in self.rounds.items()), sep=", ", flush=True)
+        for error in self.errors:
+            print(error)
         return 1 if self.errors or not all(self.rounds.values()) else 0
 
 
-COMPUTING = ["infer", "infer", "infer_small", "watched", "train", "graph", "alone"]
+# Threads that run beside each other: few, so that each gets far, and all.
 CHANGING = [
     "hook",
     "hook_all",
@@ -190,14 +196,23 @@ CHANGING = [
     "copy",
     "come_and_go",
 ]
+SCENARIOS = {
+    "inference": ["infer", "infer", "watched", "hook", "mode"],
+    "training": ["train", "train", "watched", "hook", "mode"],
+    "parameters": ["infer", "alone", "graph", "swap_tensors", "replace_parameters"],
+    "everything": ["infer", "infer_small", "watched", "train", "graph", "alone", *CHANGING],
+}
 
 
 def main() -> int:
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-5)
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
-    computing = [name for name in COMPUTING if name == sys.argv[2]] if len(sys.argv) > 2 else COMPUTING
-    return Stress().run(seconds, [*computing, *CHANGING])
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
+    failed = 0
+    for name in sys.argv[2:] or SCENARIOS:
+        print(f"{name}: ", end="", flush=True)
+        failed += Stress().run(seconds, SCENARIOS[name])
+    return failed
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import pytest
 STRESS = Path(__file__).parent / "stress.py"
 
 
-@pytest.mark.parametrize("seconds", [4])
-def test_threads_that_call_and_change_the_same_modules(seconds):
+@pytest.mark.parametrize("scenario", ["inference", "training", "parameters", "everything"])
+def test_threads_that_call_and_change_the_same_modules(scenario):
     ended = subprocess.run(
-        [sys.executable, str(STRESS), str(seconds)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(STRESS), "1.5", scenario], capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
