@@ -337,13 +337,6 @@ bool all_fit(const Plan& plan, PyObject* modules) {
   return true;
 }
 
-py::object one_by_one(const std::vector<py::object>& children, py::object x) {
-  for (const py::object& child : children) {
-    x = owned(PyObject_CallOneArg(child.ptr(), x.ptr()));
-  }
-  return x;
-}
-
 // Whether a call of the program is over in a microsecond. Input and parameters.
 bool is_short(const Held& tensors, const mylayers::Program& program) {
   const at::Tensor& x = tensors[0];
@@ -398,17 +391,18 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
     if (children.size() != part.children.size()) {
       throw std::runtime_error("dictionary keys changed during iteration");
     }
-    if (part.program.has_value() && as_planned) {
-      py::list given;
-      for (const py::object& child : children) {
-        given.append(child);
-      }
-      static const auto& run_chain =
-          *new py::object(py::module_::import("mylayers.sequential").attr("_run_chain"));
-      x = run_chain(given, part.program->text, x);
-    } else {
-      x = one_by_one(children, std::move(x));
+    if (!part.program.has_value()) {
+      x = owned(PyObject_CallOneArg(children[0].ptr(), x.ptr()));
+      continue;
     }
+    // Something watches, or a child before them has changed these.
+    static const auto& python = *new py::module_(py::module_::import("mylayers.sequential"));
+    py::list given;
+    for (const py::object& child : children) {
+      given.append(child);
+    }
+    x = as_planned ? python.attr("_run_chain")(given, part.program->text, x)
+                   : python.attr("_run")(given, x);
   }
   if (PyDict_GET_SIZE(modules.ptr()) != plan.siblings) {
     throw std::runtime_error("dictionary changed size during iteration");

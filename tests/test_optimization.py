@@ -305,16 +305,10 @@ def operator_calls(net: nn.Module, x: Tensor) -> int:
     return [name for name, _ in calls.seen].count("sequential")
 
 
-def attributes(module: nn.Module) -> list[str]:
-    """But for the plan that one fused by hand has, from its first call on."""
-    plan = ("_prepared", "_whole") if isinstance(module, FusedSequential) else ()
-    return sorted(set(vars(module)).difference(plan))
-
-
 def anatomy(net: nn.Module) -> list[Any]:
     """All that a round trip must leave: objects, classes, names, attributes, modes."""
     return [
-        [(name, id(m), type(m), m.training, attributes(m)) for name, m in net.named_modules()],
+        [(name, id(m), type(m), m.training, sorted(vars(m))) for name, m in net.named_modules()],
         [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in net.named_parameters()],
         [(name, id(b)) for name, b in net.named_buffers()],
         list(net.state_dict()),
