@@ -368,15 +368,44 @@ PyObject* run_program(const mylayers::Program& program, Held& tensors) {
       keeps_gil, [&] { return mylayers::sequential(tensors[0], tensors.from(1), program); });
 }
 
+// The next child's result of x.
+py::object call_next(const py::object& modules, Py_ssize_t& place, const py::object& x) {
+  PyObject* child = nullptr;
+  if (!PyDict_Next(modules.ptr(), &place, nullptr, &child)) {
+    throw std::runtime_error("dictionary keys changed during iteration");
+  }
+  const py::object held = borrowed(child);
+  return owned(PyObject_CallOneArg(child, x.ptr()));
+}
+
+void check_size(const py::object& modules, Py_ssize_t size) {
+  if (PyDict_GET_SIZE(modules.ptr()) != size) {
+    throw std::runtime_error("dictionary changed size during iteration");
+  }
+}
+
+// The children one after another, as iterating over them would have it.
+py::object run_one_by_one(const py::object& modules, py::object x) {
+  const Py_ssize_t siblings = PyDict_GET_SIZE(modules.ptr());
+  Py_ssize_t place = 0;
+  for (Py_ssize_t i = 0; i < siblings; ++i) {
+    x = call_next(modules, place, x);
+    check_size(modules, siblings);
+  }
+  return x;
+}
+
 // The parts one after another. A child that runs by itself may do anything to those behind it; they
 // are taken when it is their turn, and refused where iterating over them would be.
 py::object run_parts(const Plan& plan, const py::object& modules, py::object x) {
   Py_ssize_t place = 0;
   for (const Part& part : plan.parts) {
-    if (PyDict_GET_SIZE(modules.ptr()) != plan.siblings) {
-      throw std::runtime_error("dictionary changed size during iteration");
+    check_size(modules, plan.siblings);
+    if (!part.program.has_value()) {
+      x = call_next(modules, place, x);
+      continue;
     }
-    if (part.program.has_value() && THPVariable_CheckExact(x.ptr()) && !is_watched()) {
+    if (THPVariable_CheckExact(x.ptr()) && !is_watched()) {
       Held tensors;
       tensors.take(x.ptr());
       Py_ssize_t after = place;
@@ -391,10 +420,6 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
     if (children.size() != part.children.size()) {
       throw std::runtime_error("dictionary keys changed during iteration");
     }
-    if (!part.program.has_value()) {
-      x = owned(PyObject_CallOneArg(children[0].ptr(), x.ptr()));
-      continue;
-    }
     // Something watches, or a child before them has changed these.
     static const auto& python = *new py::module_(py::module_::import("mylayers.sequential"));
     py::list given;
@@ -404,9 +429,7 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
     x = as_planned ? python.attr("_run_chain")(given, part.program->text, x)
                    : python.attr("_run")(given, x);
   }
-  if (PyDict_GET_SIZE(modules.ptr()) != plan.siblings) {
-    throw std::runtime_error("dictionary changed size during iteration");
-  }
+  check_size(modules, plan.siblings);
   return x;
 }
 
@@ -482,15 +505,10 @@ PyObject* run_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (plan == nullptr) {
     return Py_NewRef(refused());
   }
-  if (!watched_by_hooks) {
-    return run_parts(*plan, modules, borrowed(args[1])).release().ptr();
-  }
-  Plan alone;
-  alone.siblings = plan->siblings;
-  for (Py_ssize_t i = 0; i < plan->siblings; ++i) {
-    alone.parts.push_back({std::nullopt, {plans::Kind{}}});
-  }
-  return run_parts(alone, modules, borrowed(args[1])).release().ptr();
+  const auto x = borrowed(args[1]);
+  return (watched_by_hooks ? run_one_by_one(modules, x) : run_parts(*plan, modules, x))
+      .release()
+      .ptr();
   END_HANDLE_TH_ERRORS
 }
 

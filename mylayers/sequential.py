@@ -395,14 +395,15 @@ def _one_by_one(children: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def _run_chain(children: list[nn.Module], program: str, x: Tensor) -> Tensor:
+    if _is_foreign(x):
+        return _one_by_one(children, x)
     parameters: list[Tensor] = []
     for child in children:
         if isinstance(child, nn.Linear | MyLinear):
             weight, bias = child._parameters["weight"], child._parameters["bias"]
             parameters += [p for p in (weight, bias) if p is not None]
-    for tensor in (x, *parameters):
-        if _is_foreign(tensor):
-            return _one_by_one(children, x)
+    if any(map(_is_foreign, parameters)):
+        return _one_by_one(children, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"FusedSequential: input must be a torch.Tensor; got {type(x).__name__}")
     return torch.ops.mylayers.sequential(x, parameters, program)  # type: ignore[no-any-return]
