@@ -477,9 +477,7 @@ OBSTACLES: dict[str, Callable[[nn.Sequential], Callable[[Tensor], Tensor]]] = {
 
 
 def _hindered(make: Callable[..., nn.Sequential]) -> Build:
-    def build(
-        x: Tensor, *parameters: Tensor, activation: str, obstacle: str | None = None
-    ) -> Call:
+    def build(x: Tensor, *parameters: Tensor, activation: str, obstacle: str | None = None) -> Call:
         net = make(*parameters, activation=activation).eval()
         return functools.partial(OBSTACLES[obstacle](net) if obstacle else net, x)
 

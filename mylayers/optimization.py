@@ -113,7 +113,7 @@ def _fused_class(original: type[nn.Sequential]) -> type[_Optimized]:
     with _making:
         for cls in type.__subclasses__(original):
             if cls.__dict__.get("_original") is original:
-                return cls
+                return cls  # type: ignore[return-value]
         module, name = original.__module__, original.__qualname__
         attributes = {
             "_original": original,
@@ -121,7 +121,8 @@ def _fused_class(original: type[nn.Sequential]) -> type[_Optimized]:
             "__module__": __name__,
             "__qualname__": f"Fused[{module.replace('.', '/')}:{name.replace('.', '/')}]",
         }
-        return type(original)("Fused" + original.__name__, (_Optimized, original), attributes)
+        make, bases = type(original), (_Optimized, original)
+        return make("Fused" + original.__name__, bases, attributes)  # type: ignore
 
 
 def __getattr__(name: str) -> Any:
@@ -211,7 +212,7 @@ _set_class = vars(object)["__class__"].__set__
 
 def _optimize_sequence(path: str, sequence: nn.Sequential, changes: _Changes) -> Iterator[Finding]:
     names, children = list(sequence._modules), list(sequence._modules.values())
-    parts = plan(children)  # type: ignore[arg-type]
+    parts = plan(children)
     if not any(isinstance(part, Chain) and part.saves_calls for part in parts):
         return
     if not isinstance(sequence, FusedSequential):
@@ -223,7 +224,7 @@ def _optimize_sequence(path: str, sequence: nn.Sequential, changes: _Changes) ->
     for part in parts:
         if isinstance(part, Chain):
             stop = part.children.stop
-            yield Finding(path, _class_names(children[place:stop]))  # type: ignore[arg-type]
+            yield Finding(path, _class_names(children[place:stop]))
             place = stop
         else:
             if not isinstance(children[place], nn.Sequential):  # which has findings of its own

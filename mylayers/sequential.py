@@ -351,7 +351,8 @@ def _keep_plan(network: "FusedSequential") -> bool:
     children = list(modules.values())
     looks = list(map(_look, children))
     layers = list(map(_layer, children, looks))
-    parts, place = [], 0
+    parts: list[tuple[str | None, tuple[stock.Kind, ...]]] = []
+    place = 0
     for part in _parts(layers):
         if isinstance(part, Chain):
             kinds = [_kind(children[i], looks[i], layers[i]) for i in part.children]

@@ -1,9 +1,9 @@
 """When a module is computed as a stock layer is: what its class and its state may hold.
 
-Of some classes (:class:`Stock`) it is known what a call of an instance computes. A call reads names:
-``forward``, ``weight``, ``_forward_hooks``; none but those that the class, its bases and an instance
-have. So another class or instance is called alike if it has those names from nowhere else. The rule
-is closed: it does not ask for known ways to change a layer, it lets pass
+Of some classes (:class:`Stock`) it is known what a call of an instance computes. A call reads
+names: ``forward``, ``weight``, ``_forward_hooks``; none but those that the class, its bases and an
+instance have. So another class or instance is called alike if it has those names from nowhere
+else. The rule is closed: it does not ask for known ways to change a layer, it lets pass
 
 - classes whose metaclass is ``type`` or ``abc.ABCMeta``;
 - in a subclass, names that the stock class does not have, and of its names the ``HARMLESS``, which
@@ -55,7 +55,7 @@ HARMLESS = frozenset(
     set_extra_state _replicate_for_data_parallel
     parameters named_parameters buffers named_buffers modules named_modules children named_children
     register_parameter register_buffer register_module add_module
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 METACLASSES = (type, abc.ABCMeta)
@@ -104,9 +104,9 @@ class Stock:
             for name in {**now, **(was or {})}:
                 known = name in self.names or name[:2] == "__" == name[-2:]
                 same = was is not None and was.get(name) is now.get(name)
-                if known and not same and name not in HARMLESS:
-                    if not self._is_tracing(klass, name):
-                        return Difference(klass.__name__, name, was is not None)
+                allowed = name in HARMLESS or self._is_tracing(klass, name)
+                if known and not same and not allowed:
+                    return Difference(klass.__name__, name, was is not None)
         return Difference()
 
     @staticmethod
@@ -119,9 +119,9 @@ class Stock:
         for name, value in own.items():
             if type(name) is not str:
                 return "a key that is no str"
-            if name in self.names and name not in self.state and name not in HARMLESS:
-                if name != "_compiled_call_impl" or value is not None:
-                    return name
+            hides = name in self.names and name not in self.state and name not in HARMLESS
+            if hides and (name != "_compiled_call_impl" or value is not None):
+                return name
         return ""
 
 

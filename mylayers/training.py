@@ -41,18 +41,15 @@ _REFUSED = _C.REFUSED
 # Each is given the state of a module of the class.
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def _smooth_l1(own: _State) -> _Rule:
-    beta = own.get("beta")
-    return (_Kind.SMOOTH_L1, beta, 0) if _is_number(beta) and beta > 0 else None  # 0: l1_loss
+    beta: Any = own.get("beta")
+    is_known = type(beta) in (int, float) and beta > 0  # 0: PyTorch's l1_loss
+    return (_Kind.SMOOTH_L1, beta, 0) if is_known else None
 
 
 def _huber(own: _State) -> _Rule:
-    delta = own.get("delta")
-    return (_Kind.HUBER, delta, 0) if _is_number(delta) else None
+    delta: Any = own.get("delta")
+    return (_Kind.HUBER, delta, 0) if type(delta) in (int, float) else None
 
 
 def _cross_entropy(own: _State) -> _Rule:

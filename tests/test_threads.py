@@ -1,6 +1,6 @@
 """Threads on the same modules: nothing is freed while a call computes with it.
 
-tests/stress.py runs in a process of its own, for what it looks for may end one.
+tests/threads.py runs in a process of its own, for what it looks for may end one.
 """
 
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-STRESS = Path(__file__).parent / "stress.py"
+STRESS = Path(__file__).parent / "threads.py"
 
 
 @pytest.mark.parametrize("scenario", ["inference", "training", "parameters", "everything"])

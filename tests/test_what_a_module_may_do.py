@@ -271,7 +271,9 @@ def family(base: type[nn.Sequential]) -> dict[str, type[nn.Sequential]]:
     class Abstracted(base, abc.ABC):  # type: ignore[misc, valid-type]
         pass
 
-    made = {name: cls for name, cls in locals().items() if isinstance(cls, type) and cls is not base}
+    made = {
+        name: cls for name, cls in locals().items() if isinstance(cls, type) and cls is not base
+    }
     for name, cls in made.items():  # pickle finds them by their names
         cls.__qualname__ = cls.__name__ = f"{base.__name__}{name}"
         globals()[cls.__name__] = cls
@@ -404,7 +406,8 @@ CASES = [
     Case("`weight` is a property", lambda: WeightProperty(4, 4)),
     Case("`bias` is a property", lambda: BiasProperty(4, 4)),
     Case("`weight` of a `MyLinear` is a property", lambda: MyWeightProperty(4, 4)),
-    Case("an attribute such as `alpha` is a property", lambda: nn.Sequential(nn.Linear(4, 4), Alpha())),
+    Case("an attribute such as `alpha` is a property",
+         lambda: nn.Sequential(nn.Linear(4, 4), Alpha())),
     Case("a layer's class has `__getattr__`", lambda: GetAttr(4, 4)),
     Case("a layer's class has `__getattribute__`", lambda: GetAttribute(4, 4)),
     Case("a `MyLinear`'s class has `__getattribute__`", lambda: MyGetAttribute(4, 4)),

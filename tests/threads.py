@@ -1,8 +1,8 @@
 """Threads that call, train, copy, edit, hook, optimize and restore the same modules at once.
 
-``python tests/stress.py [seconds [scenario ...]]``. It prints how often each thread came round, and
-ends with 0 if every result was right and every exception one that PyTorch's own modules raise there.
-What is freed while another thread computes with it ends the process otherwise, which
+``python tests/threads.py [seconds [scenario ...]]``. It prints how often each thread came round,
+and ends with 0 if every result was right and every exception one that PyTorch's own modules raise
+there. What is freed while another thread computes with it ends the process otherwise, which
 tests/test_threads.py sees from outside.
 """
 
