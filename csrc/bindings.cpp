@@ -67,7 +67,8 @@ constexpr int64_t kShortAlone = 1 << 19;
 int64_t short_now() {
   PyThreadState* const here = PyThreadState_Get();
   const bool alone =
-      PyInterpreterState_ThreadHead(here->interp) == here && PyThreadState_Next(here) == nullptr;
+      PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(here)) == here &&
+      PyThreadState_Next(here) == nullptr;
   return alone ? kShortAlone : kShort;
 }
 
@@ -166,6 +167,7 @@ PyObject* linear_act(PyObject*, PyObject* const* args, Py_ssize_t count) {
     tensors.take(tensor_argument(op, "bias", args[2]));
   }
   mylayers::ActivationName act;
+  const py::object owner_of_its_text = borrowed(args[3]);
   if (args[3] != Py_None) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_Check(args[3]) ? PyUnicode_AsUTF8AndSize(args[3], &size) : nullptr;
