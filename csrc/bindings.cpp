@@ -444,8 +444,8 @@ std::shared_ptr<const Plan> plan_of_call(PyObject* network, Found& found) {
   return known_of<Plan>(network, [&](const Plan& plan) {
     found = {};
     return plan.is_direct && fits(plan.network, network, found) && !found.hooks &&
-           found.modules != nullptr && PyDict_GET_SIZE(found.modules) == plan.siblings &&
-           (plan.is_one_chain() || all_fit(plan, found.modules));
+           found.modules && PyDict_GET_SIZE(found.modules.ptr()) == plan.siblings &&
+           (plan.is_one_chain() || all_fit(plan, found.modules.ptr()));
   });
 }
 
@@ -458,7 +458,7 @@ PyObject* call_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (plan == nullptr) {
     return Py_NewRef(refused());
   }
-  const py::object modules = borrowed(found.modules);
+  const py::object modules = std::move(found.modules);
   if (!plan->is_one_chain()) {
     return run_parts(*plan, modules, borrowed(args[1])).release().ptr();
   }
@@ -595,7 +595,7 @@ PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !THPVariable_CheckExact(args[3]) || is_watched()) {
     return Py_NewRef(refused());
   }
-  const py::object modules = borrowed(found.modules);
+  const py::object modules = std::move(found.modules);
   const Part& chain = plan->parts[0];
   Held tensors;
   tensors.take(args[2]);

@@ -103,11 +103,11 @@ inline State state_of(const py::handle& entries) {
   return state;
 }
 
-// What a comparison comes across; borrowed, until Python code may run.
+// What a comparison comes across; the tensors are borrowed, until Python code may run.
 struct Found {
   PyObject* weight = nullptr;
   PyObject* bias = nullptr;
-  PyObject* modules = nullptr;
+  py::object modules;
   bool foreign = false;  // a parameter of a class of its own
   bool hooks = false;    // those of a network
 };
@@ -144,7 +144,7 @@ inline bool fits(const Entry& entry, PyObject* value, Found& found) {
       found.hooks = found.hooks || !is_empty();
       return true;
     case Entry::Must::kBeModules:
-      found.modules = value;
+      found.modules = py::reinterpret_borrow<py::object>(value);
       return PyDict_CheckExact(value);
   }
   return false;

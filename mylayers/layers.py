@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
 _is_compiling = torch.compiler.is_compiling
+_linear_act = functional.linear_act  # whoever puts another in its place means it to be called
 _REFUSED = _C.REFUSED
 
 
@@ -140,7 +141,7 @@ class MyLinear(nn.Module):
         # nn.Module finds a parameter only after every other place has failed: half a microsecond
         # each, a third of a small call. The extension takes it from its place where there is no
         # other: no property, no attribute, no __getattr__.
-        if not _is_compiling():
+        if not _is_compiling() and functional.linear_act is _linear_act:
             output = _C.run_layer(self, input)
             if output is None:
                 _keep(self)
