@@ -106,14 +106,19 @@ class Held {
   Held() = default;
   Held(const Held&) = delete;
   Held& operator=(const Held&) = delete;
-  ~Held() {
+  ~Held() { clear(); }
+
+  void clear() {
     if (!owned_) {
       for (at::Tensor& t : tensors_) {
         Borrow::destroyBorrow(t);
       }
     }
+    tensors_.clear();
+    objects_.clear();
+    owned_ = false;
   }
-
+  bool is_empty() const { return tensors_.empty(); }
   void take(PyObject* tensor) {
     objects_.push_back(borrowed(tensor));
     tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(tensor)));
@@ -267,8 +272,10 @@ struct Names {
   }
 };
 
+// First asked for when the module is made: who waits for another thread to make a static holds the
+// GIL, which an import gives up meanwhile. Outlives the interpreter's own end.
 const Names& names() {
-  static const Names& once = *new Names();  // outlives the interpreter's own end
+  static const Names& once = *new Names();
   return once;
 }
 
@@ -299,8 +306,8 @@ bool iterates(PyTypeObject* cls) {
 }
 
 // The next children of a network, from a place in its _modules on. Into `children`, if given; into
-// `parameters`, if given, what is linear among them, whose tensors must be of no class of their own.
-// Whether they are what the part was made for.
+// `parameters`, if given, the tensors of those that are linear, which must then be of no class of
+// their own. Whether they are what the part was made for.
 bool next(
     const Part& part, PyObject* modules, Py_ssize_t& place, Held* parameters,
     std::vector<py::object>* children) {
@@ -423,7 +430,7 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
       throw std::runtime_error("dictionary keys changed during iteration");
     }
     // Something watches, or a child before them has changed these.
-    static const auto& python = *new py::module_(py::module_::import("mylayers.sequential"));
+    const auto python = py::module_::import("mylayers.sequential");
     py::list given;
     for (const py::object& child : children) {
       given.append(child);
@@ -436,16 +443,27 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
 }
 
 // The plan that a call of a network may follow, straight from its class's __call__; none where one
-// would do more than the parts. `found` has its _modules.
-std::shared_ptr<const Plan> plan_of_call(PyObject* network, Found& found) {
+// would do more than the parts. `found` has its _modules. `tensors` are those of a plan that is one
+// chain, the input first; none if something watches, or the input is no plain tensor.
+std::shared_ptr<const Plan> plan_of_call(
+    PyObject* network, PyObject* input, Found& found, Held& tensors) {
   if (has_global_hooks() || at::tracer::impl::is_dispatch_enabled()) {
     return nullptr;
   }
+  const bool takes = THPVariable_CheckExact(input) && !is_watched();
   return known_of<Plan>(network, [&](const Plan& plan) {
     found = {};
-    return plan.is_direct && fits(plan.network, network, found) && !found.hooks &&
-           found.modules && PyDict_GET_SIZE(found.modules.ptr()) == plan.siblings &&
-           (plan.is_one_chain() || all_fit(plan, found.modules.ptr()));
+    if (!plan.is_direct || !fits(plan.network, network, found) || found.hooks || !found.modules ||
+        PyDict_GET_SIZE(found.modules.ptr()) != plan.siblings) {
+      return false;
+    }
+    if (!takes || !plan.is_one_chain()) {
+      return all_fit(plan, found.modules.ptr());
+    }
+    tensors.clear();
+    tensors.take(input);
+    Py_ssize_t place = 0;
+    return next(plan.parts[0], found.modules.ptr(), place, &tensors, nullptr);
   });
 }
 
@@ -454,27 +472,14 @@ PyObject* call_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("call_network", count, 2);
   Found found;
-  const auto plan = plan_of_call(args[0], found);
+  Held tensors;
+  const auto plan = plan_of_call(args[0], args[1], found, tensors);
   if (plan == nullptr) {
     return Py_NewRef(refused());
   }
-  const py::object modules = std::move(found.modules);
-  if (!plan->is_one_chain()) {
-    return run_parts(*plan, modules, borrowed(args[1])).release().ptr();
-  }
-  const Part& chain = plan->parts[0];
-  if (!THPVariable_CheckExact(args[1]) || is_watched()) {
-    return all_fit(*plan, modules.ptr())
-               ? run_parts(*plan, modules, borrowed(args[1])).release().ptr()
-               : Py_NewRef(refused());
-  }
-  Held tensors;
-  tensors.take(args[1]);
-  Py_ssize_t place = 0;
-  if (!next(chain, modules.ptr(), place, &tensors, nullptr)) {
-    return Py_NewRef(refused());
-  }
-  return run_program(*chain.program, tensors);
+  return plan->is_one_chain() && !tensors.is_empty()
+             ? run_program(*plan->parts[0].program, tensors)
+             : run_parts(*plan, found.modules, borrowed(args[1])).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -590,27 +595,21 @@ PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (loss == nullptr) {
     return Py_NewRef(Py_None);
   }
-  const auto plan = plan_of_call(args[0], found);
-  if (plan == nullptr || !plan->is_one_chain() || !THPVariable_CheckExact(args[2]) ||
-      !THPVariable_CheckExact(args[3]) || is_watched()) {
-    return Py_NewRef(refused());
-  }
-  const py::object modules = std::move(found.modules);
-  const Part& chain = plan->parts[0];
   Held tensors;
-  tensors.take(args[2]);
-  Py_ssize_t place = 0;
-  if (!next(chain, modules.ptr(), place, &tensors, nullptr)) {
+  const auto plan = plan_of_call(args[0], args[2], found, tensors);
+  if (plan == nullptr || !plan->is_one_chain() || tensors.is_empty() ||
+      !THPVariable_CheckExact(args[3])) {
     return Py_NewRef(refused());
   }
-  const bool keeps_gil = is_short(tensors, *chain.program);
+  const mylayers::Program& program = *plan->parts[0].program;
+  const bool keeps_gil = is_short(tensors, program);
   const at::Tensor target = THPVariable_Unpack(args[3]);
   if (!keeps_gil) {
     tensors.own();
   }
   const auto value = owned(wrapped(keeps_gil, [&] {
     return mylayers::forward_backward(
-        tensors[0], tensors.from(1), *chain.program, loss->criterion, target);
+        tensors[0], tensors.from(1), program, loss->criterion, target);
   }));
   return value.is_none() ? Py_NewRef(refused()) : value.inc_ref().ptr();
   END_HANDLE_TH_ERRORS
@@ -690,6 +689,7 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), kOperators) != 0) {
     throw py::error_already_set();
   }
+  names();
   m.attr("REFUSED") = borrowed(refused());
   m.def("keep_plan", keep_plan);
   m.def("keep_layer", keep_layer);
