@@ -563,6 +563,66 @@ def test_it_is_computed_as_its_author_wrote_it(kind, case):
     observed(case, kind)
 
 
+class MyGetAttr(MyLinear):
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return found * 0.5 if name == "bias" else found
+
+
+class MyNamed(MyLinear):
+    note = 1
+
+
+def shadowed_alone(layer: Any) -> None:
+    layer.__dict__["weight"] = layer._parameters["weight"].detach() * 0.5
+
+
+ALONE: dict[str, tuple[type[MyLinear], Callable[[Any], Any]]] = {
+    "nothing": (MyLinear, lambda _: None),
+    "a class of its own": (MyNamed, lambda _: None),
+    "a property": (MyWeightProperty, lambda _: None),
+    "__getattr__": (MyGetAttr, lambda _: None),
+    "__getattribute__": (MyGetAttribute, lambda _: None),
+    "__dict__": (MyLinear, shadowed_alone),
+    "another weight": (MyLinear, lambda m: setattr(m, "weight", nn.Parameter(torch.ones(4, 3)))),
+    "no bias": (MyLinear, lambda m: setattr(m, "bias", None)),
+    "another activation": (MyLinear, lambda m: setattr(m, "activation", "tanh")),
+    "parametrized": (
+        MyLinear,
+        lambda m: parametrize.register_parametrization(m, "weight", Halved()),
+    ),
+    "pruned": (MyLinear, lambda m: prune.l1_unstructured(m, "weight", 0.5)),
+    "another dictionary": (
+        MyLinear,
+        lambda m: setattr(m, "_parameters", Counted(m._parameters)),
+    ),
+    "a class of parameters": (MyLinear, lambda m: setattr(m, "weight", Tagged(m.weight.detach()))),
+}
+
+
+@pytest.mark.parametrize(("cls", "change"), ALONE.values(), ids=ALONE)
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_layer_alone_takes_what_its_attributes_are(calls, cls, change):
+    layer = cls(4, 3)
+    for _ in range(calls):
+        layer(x())
+    change(layer)
+    for _ in range(3):
+        y = layer(x())
+        reference = mylayers.functional.linear_act(x(), layer.weight, layer.bias, layer.activation)
+        torch.testing.assert_close(y, reference, rtol=0, atol=0)
+
+
+def test_a_layer_alone_calls_what_replaces_the_function(monkeypatch):
+    layer, seen, own = MyLinear(4, 3), [], mylayers.functional.linear_act
+    layer(x())
+    monkeypatch.setattr(
+        mylayers.functional, "linear_act", lambda *args: (seen.append(args), own(*args))[1]
+    )
+    layer(x())
+    assert len(seen) == 1
+
+
 # ---- what is known of a module lies outside of it ----------------------------------------------
 
 STATES = ["GetState", "DeepCopy", "Reduce", "OddState", "Closed"]
