@@ -198,7 +198,7 @@ class MyLinear(nn.Module):
         return linear_to(self)
 
 
-STOCK_MY_LINEAR = stock.Stock(MyLinear(1, 1, device="meta"))
+STOCK_MY_LINEAR = stock.stock_linear(MyLinear)
 
 
 def _keep(layer: MyLinear) -> None:

@@ -160,7 +160,7 @@ _RULES: dict[type[nn.Module], Callable[[_State], _Layer | Unfused]] = {
 }
 _STOCKS = {
     **{cls: Stock(cls()) for cls in _RULES if cls not in (nn.Linear, MyLinear)},
-    nn.Linear: Stock(nn.Linear(1, 1, device="meta")),
+    nn.Linear: stock.stock_linear(nn.Linear),
     MyLinear: STOCK_MY_LINEAR,
 }
 

@@ -17,7 +17,7 @@ keys of a ``__dict__`` in their order, and what each value must be. It compares 
 
 import abc
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -123,6 +123,18 @@ class Stock:
             if hides and (name != "_compiled_call_impl" or value is not None):
                 return name
         return ""
+
+
+def stock_linear(cls: Callable[..., nn.Module]) -> Stock:
+    """``Stock`` of a class with a weight, which draws no random number of the user's.
+
+    (The meta device would draw none, and takes two seconds to import.)
+    """
+    state = torch.get_rng_state()
+    try:
+        return Stock(cls(1, 1, device="cpu"))
+    finally:
+        torch.set_rng_state(state)
 
 
 # ---- classes, each state of one judged once ----------------------------------------------------
