@@ -144,7 +144,10 @@ def _flatten(own: _State) -> _Layer | Unfused:
 def _dropout(own: _State) -> _Layer | Unfused:
     if own.get("training") is not False:
         return Unfused("dropout is random in training", ("training",))
-    return _Layer("", ("training",))
+    p: Any = own.get("p")
+    if type(p) not in (int, float) or not 0 <= p <= 1:
+        return Unfused("its p is no probability", ("p",))
+    return _Layer("", ("training", "p"))
 
 
 _RULES: dict[type[nn.Module], Callable[[_State], _Layer | Unfused]] = {

@@ -1740,6 +1740,15 @@ def test_what_changes_back_and_forth_is_not_planned_anew(monkeypatch, x):
     assert not made
 
 
+def test_a_dropout_of_no_probability_is_refused_as_ever(x):
+    net = small()
+    net(x)
+    net[3].p = 2.0
+    for called in (net, stock(net)):
+        with pytest.raises(ValueError, match="dropout probability"):
+            called(x)
+
+
 def test_a_child_may_change_those_behind_it_while_it_runs(x):
     """As where nn.Sequential iterates over them."""
     for edit in (
