@@ -1,6 +1,6 @@
 // The Python module mylayers._C: entries for eager calls of the operators, and facts
-// about this build. With plans.h and watched_functions.h the only file that includes Python headers;
-// a program without Python links the others.
+// about this build. With plans.h and watched_functions.h the only file that includes Python
+// headers; a program without Python links the others.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <pybind11/pybind11.h>
