@@ -5,6 +5,7 @@ A new way to compute a layer is one entry of its candidates, a new layer or sett
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
+from torch.nn.utils import parametrizations, prune
 
 from benchmarks.limits import Work
 from benchmarks.peers import (
     Build,
+    Call,
     Learn,
     by_autograd,
     compiled,
@@ -44,11 +47,13 @@ class Shape:
         sizes: as the layer's ``draw`` reads them.
         dim: what ``center`` averages over; None for everything.
         activation: between the layers of a network; None for what is no network.
+        obstacle: what keeps some of a network from being fused; None for nothing.
     """
 
     sizes: tuple[int, ...]
     dim: tuple[int, ...] | None = None
     activation: str | None = None
+    obstacle: str | None = None
 
     def __str__(self) -> str:
         """For tables, files and ``--shape``; ``1x64^5`` is a row through five widths of 64."""
@@ -57,13 +62,13 @@ class Shape:
         parts = ["x".join([f"{size}"] * n) if n < 4 else f"{size}^{n}" for size, n in runs]
         sizes = "x".join([f"{rows}", *parts])
         if self.activation is not None:
-            return f"{sizes} {self.activation}"
+            return " ".join(filter(None, (sizes, self.activation, self.obstacle)))
         return sizes if self.dim is None else f"{sizes} dim={','.join(map(str, self.dim))}"
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments beside the tensors."""
-        options = {"dim": self.dim, "activation": self.activation}
+        options = {"dim": self.dim, "activation": self.activation, "obstacle": self.obstacle}
         return {name: value for name, value in options.items() if value is not None}
 
 
@@ -327,6 +332,15 @@ NETWORK = Layer(
 )
 
 
+def _unhindered(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments, obstacle=None, **options: formula(*arguments, **options)  # noqa: ARG005
+
+
+HINDERED_NETWORK = dataclasses.replace(
+    NETWORK, define=_unhindered(_define_network), kinks=_unhindered(_network_kinks)
+)
+
+
 def _linear_formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(torch.matmul(x, weight) + bias)
 
@@ -390,12 +404,84 @@ def _modules(parameters: Sequence[Tensor], activation: str) -> list[nn.Module]:
     return made
 
 
-def _fused_network(*parameters: Tensor, activation: str) -> nn.Module:
+def _fused_network(*parameters: Tensor, activation: str) -> nn.Sequential:
     return FusedSequential(*_modules(parameters, activation))
 
 
-def _stock_network(*parameters: Tensor, activation: str) -> nn.Module:
+def _stock_network(*parameters: Tensor, activation: str) -> nn.Sequential:
     return nn.Sequential(*_modules(parameters, activation))
+
+
+def _watch(*_: object) -> None:
+    """A hook that leaves everything as it is."""
+
+
+class _OwnLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class _Named(Tensor):
+    """A class of its own, without a word on what operators do."""
+
+
+def _hooked(net: nn.Sequential) -> nn.Sequential:
+    net[2].register_forward_hook(_watch)
+    return net
+
+
+def _all_hooked(net: nn.Sequential) -> nn.Sequential:
+    for layer in net:
+        layer.register_forward_hook(_watch)
+    return net
+
+
+def _hooked_globally(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        handle = nn.modules.module.register_module_forward_hook(_watch)
+        try:
+            return net(x)  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
+
+    return call
+
+
+def _normed(net: nn.Sequential) -> nn.Sequential:
+    parametrizations.weight_norm(net[2])
+    return net
+
+
+def _pruned(net: nn.Sequential) -> nn.Sequential:
+    prune.identity(net[2], "weight")  # type: ignore[no-untyped-call]
+    return net
+
+
+def _nothing_fused(net: nn.Sequential) -> nn.Sequential:
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = _OwnLinear
+    return net
+
+
+# Each computes what the network does, or what is given for it.
+OBSTACLES: dict[str, Callable[[nn.Sequential], Callable[[Tensor], Tensor]]] = {
+    "hook": _hooked,
+    "hooks": _all_hooked,
+    "global hook": _hooked_globally,
+    "weight_norm": _normed,
+    "pruned": _pruned,
+    "subclass": lambda net: lambda x: net(x.as_subclass(_Named)).as_subclass(Tensor),
+    "nothing fused": _nothing_fused,
+}
+
+
+def _hindered(make: Callable[..., nn.Sequential]) -> Build:
+    def build(x: Tensor, *parameters: Tensor, activation: str, obstacle: str | None = None) -> Call:
+        net = make(*parameters, activation=activation).eval()
+        return functools.partial(OBSTACLES[obstacle](net) if obstacle else net, x)
+
+    return build
 
 
 def _first_linear(*parameters: Tensor, activation: str) -> nn.Module:
@@ -481,6 +567,11 @@ NETWORK_LEARNING = {
     "own-loop": Candidate(eager(module(_fused_network)), yardstick=True),  # as the peers learn
 }
 
+NETWORK_HINDERED = {
+    SUBJECT: Candidate(_hindered(_fused_network)),
+    STOCK: Candidate(_hindered(_stock_network)),
+}
+
 
 def _shapes(*sizes: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(map(Shape, sizes))
@@ -545,6 +636,7 @@ POLICIES = tuple(
     for rows in (1, 32, 256)
     for activation in ("relu", "tanh")
 )
+HINDERED = tuple(Shape((1, *_POLICY), activation="relu", obstacle=name) for name in OBSTACLES)
 NETWORK_SHAPES = (
     *POLICIES,
     *_networks(
@@ -668,6 +760,15 @@ SUITES: dict[str, Suite] = {
         tuple(range(1, MOST_PARAMETERS + 1)),
         NETWORK_BACKWARD_SHAPES,
         POLICIES[1:2],
+        STOCK,
+    ),
+    "networks-hindered": Suite(
+        "FusedSequential with something in its way, without gradients",
+        HINDERED_NETWORK,
+        NETWORK_HINDERED,
+        (),
+        HINDERED,
+        HINDERED[:1],
         STOCK,
     ),
 }

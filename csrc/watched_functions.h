@@ -1,7 +1,7 @@
 // The functions that layers look up by name whenever they are called (mylayers/_watched.py).
-// Whoever replaces one means it to be called, so a chain computes for its layers only while all are
-// in place. They are looked up anew where the module or class that has them has changed; to look
-// them up at every call would be 2 % of a small one.
+// Whoever replaces one means it to be called, so a chain computes only for layers whose functions
+// are all in place. They are looked up anew where the module or class that has them has changed; to
+// look them up at every call would be 2 % of a small one.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -47,21 +47,15 @@ inline uint64_t version_of(PyObject* owner) {
 
 class WatchedFunctions {
  public:
-  // Those that layers of this class call.
-  void add(const pybind11::handle cls) {
+  WatchedFunctions() = default;
+
+  // Each (module or class, name, what is there unless somebody has replaced it).
+  explicit WatchedFunctions(const pybind11::tuple& functions) {
     namespace py = pybind11;
-    const auto called = py::module_::import("mylayers._watched").attr("called_by")(cls);
-    for (const py::handle item : called) {
+    for (const py::handle item : functions) {
       const auto place = item.cast<py::tuple>();
-      const Function function{place[0], place[1], place[2]};
-      const auto is_this = [&](const Function& other) {
-        return other.owner.is(function.owner) && other.name.equal(function.name);
-      };
-      if (std::any_of(functions_.begin(), functions_.end(), is_this)) {
-        continue;
-      }
-      functions_.push_back(function);
-      PyObject* owner = function.owner.ptr();
+      functions_.push_back({place[0], place[1], place[2]});
+      PyObject* owner = functions_.back().owner.ptr();
       const auto has_owner = [&](const Owner& other) { return other.owner == owner; };
       if (std::none_of(owners_.begin(), owners_.end(), has_owner)) {
         if (PyModule_Check(owner)) {

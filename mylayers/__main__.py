@@ -80,7 +80,9 @@ def main() -> int:
     print(f"mylayers {__version__}")
     print(f"  built for    torch {info['torch']}, {info['compiler']}, C++ {info['cplusplus']}")
     sets = ", ".join(info["instruction_sets"])
-    print(f"  CPU kernels  {sets}; this machine runs {info['kernels']}, tuned for {info['tuned_for']}")
+    print(
+        f"  CPU kernels  {sets}; this machine runs {info['kernels']}, tuned for {info['tuned_for']}"
+    )
     units = "AVX512-BF16" if info["bfloat16_units"] else "float32 arithmetic"
     units = "the tiles of AMX" if info["amx"] else units
     print(f"  bfloat16     on {units}")

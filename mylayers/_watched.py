@@ -6,17 +6,18 @@ layers only as long as all of theirs are in their places. csrc/watched_functions
 call.
 """
 
+import itertools
 from types import BuiltinFunctionType, MethodDescriptorType, ModuleType
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
-from torch.nn.modules.loss import _Loss
 
 from mylayers import functional
+from mylayers._extension import _C
 from mylayers.layers import CenteredLayer, MyLinear
 
-__all__ = ["called_by", "replaced"]
+__all__ = ["replaced"]
 
 # Where it is looked up, its name, and what is there as long as nobody has replaced it.
 _Function = tuple[ModuleType | type, str, object]
@@ -50,30 +51,24 @@ _CALLED: dict[type[nn.Module], tuple[_Function, ...]] = {
     CenteredLayer: _functions((functional, "center")),
     nn.Flatten: _functions((torch.Tensor, "flatten")),
     nn.Dropout: _functions((F, "dropout")),
-    # Of any of the losses that mylayers.forward_backward knows, and of its loss.backward().
-    _Loss: _functions(
-        (F, "mse_loss"),
-        (F, "smooth_l1_loss"),
-        (F, "huber_loss"),
-        (F, "cross_entropy"),
-        (torch, "broadcast_tensors"),
-        (torch.Tensor, "backward"),
-        (torch.autograd, "backward"),
-    ),
 }
+# Of any of the losses that mylayers.forward_backward knows, and of its loss.backward().
+_IN_TRAINING = _functions(
+    (F, "mse_loss"),
+    (F, "smooth_l1_loss"),
+    (F, "huber_loss"),
+    (F, "cross_entropy"),
+    (torch, "broadcast_tensors"),
+    (torch.Tensor, "backward"),
+    (torch.autograd, "backward"),
+)
 
-
-def called_by(cls: type[nn.Module]) -> tuple[_Function, ...]:
-    """The functions that layers or losses of a class call, as long as its ``forward`` is stock."""
-    for base in cls.__mro__:
-        if base in _CALLED:
-            return _CALLED[base]
-    return ()
+_C.watch_functions(tuple(itertools.chain(*_CALLED.values())), _IN_TRAINING)
 
 
 def replaced(cls: type[nn.Module]) -> str:
-    """The full name of one of these functions that is not in its place; "" if all are."""
-    for owner, name, function in called_by(cls):
+    """The full name of one that layers of a stock class call, not in its place; "" if all are."""
+    for owner, name, function in _CALLED.get(cls, ()):
         if getattr(owner, name, None) is not function:
             parent = f"{owner.__module__}." if isinstance(owner, type) else ""
             return f"{parent}{owner.__name__}.{name}"

@@ -1,14 +1,17 @@
 """Fusing a model's networks in place, and back: :func:`optimize` and :func:`restore`."""
 
 import copyreg
+import importlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from torch import nn
 
 from mylayers.layers import MyLinear
 from mylayers.sequential import Chain, FusedSequential, Unfused, plan
+from mylayers.stock import Stock
 
 __all__ = ["Finding", "Report", "optimize", "restore"]
 
@@ -66,63 +69,157 @@ class Report:
         return "\n".join(lines)
 
 
-class _Rewritten(FusedSequential):
-    """Base of the classes that :func:`optimize` gives to modules; ``restore`` knows them by it."""
+# ---- classes -----------------------------------------------------------------------------------
+
+
+class _Optimized(FusedSequential):
+    """What the classes that :func:`optimize` gives to modules have in common."""
 
     _original: type[nn.Sequential]
 
+    def __init_subclass__(cls) -> None:
+        """The original's is for the classes that its author derives."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles by the original's name, as a class made here has none to be found by."""
-        reduced = super().__reduce_ex__(protocol)
-        if not isinstance(reduced, tuple):
-            return reduced
-        how, arguments, *rest = reduced
-        if how is copyreg.__newobj__:  # type: ignore[attr-defined]
-            how, arguments = _empty, (self._original,)
-        return (self._original if how is type(self) else how), arguments, *rest
+        """By the original where a pickler may know that otherwise than by its name.
+
+        cloudpickle takes classes of ``__main__`` along, which no other process finds.
+        """
+        cls, reduced = type(self), super().__reduce_ex__(protocol)
+        original = vars(cls).get("_original", nn.Sequential)
+        if original.__module__ == "__main__" and isinstance(reduced, tuple):
+            how, arguments, *rest = reduced
+            if how is copyreg.__newobj__ and arguments == (cls,):  # type: ignore[attr-defined]
+                return _empty, (original,), *rest
+        return reduced
+
+
+class OptimizedSequential(_Optimized):
+    """An ``nn.Sequential`` that :func:`optimize` has fused."""
+
+    _original = nn.Sequential
+
+
+_making = threading.Lock()
+
+
+def _fused_class(original: type[nn.Sequential]) -> type[_Optimized]:
+    """The class for modules of ``original``, which alone keeps it alive.
+
+    Its name says which it is, so that pickle finds it: ``Fused[package/module:Class]``.
+    """
+    if original is nn.Sequential:
+        return OptimizedSequential
+    with _making:
+        for cls in type.__subclasses__(original):
+            if cls.__dict__.get("_original") is original:
+                return cls  # type: ignore[return-value]
+        module, name = original.__module__, original.__qualname__
+        attributes = {
+            "_original": original,
+            "__doc__": original.__doc__,
+            "__module__": __name__,
+            "__qualname__": f"Fused[{module.replace('.', '/')}:{name.replace('.', '/')}]",
+        }
+        make, bases = type(original), (_Optimized, original)
+        return make("Fused" + original.__name__, bases, attributes)  # type: ignore
+
+
+def __getattr__(name: str) -> Any:
+    """The class that has this name; a pickle's module asks for it."""
+    if name.startswith("Fused[") and name.endswith("]"):
+        module, _, qualname = name[len("Fused[") : -1].partition(":")
+        found: Any = importlib.import_module(module.replace("/", "."))
+        for part in qualname.split("/"):
+            found = getattr(found, part)
+        if isinstance(found, type) and issubclass(found, nn.Sequential):
+            return _fused_class(found)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _empty(original: type[nn.Sequential]) -> nn.Module:
-    cls = _rewritten(original)
+    cls = _fused_class(original)
     return cls.__new__(cls)
 
 
-_classes: dict[type[nn.Sequential], type[_Rewritten]] = {}
-
-
-def _rewritten(original: type[nn.Sequential]) -> type[_Rewritten]:
-    if original not in _classes:
-        bases = (_Rewritten,) if original is nn.Sequential else (_Rewritten, original)
-        attributes = {"_original": original, "__doc__": original.__doc__, "__module__": __name__}
-        _classes[original] = type("Fused" + original.__name__, bases, attributes)
-    return _classes[original]
+# ---- what is to be done ------------------------------------------------------------------------
 
 
 def _class_names(modules: list[nn.Module]) -> str:
     return " + ".join(type(module).__name__ for module in modules)
 
 
+_STOCK_SEQUENTIAL = Stock(nn.Sequential())
+
+
 def _refusal(sequence: nn.Sequential) -> str:
+    """Why its class stays; "" if it may be changed."""
     cls = type(sequence)
-    for name in ("forward", "__call__", "__iter__"):
-        if getattr(cls, name) is not getattr(nn.Sequential, name):
-            return f"{cls.__name__} overrides Sequential.{name}"
-    if "forward" in sequence.__dict__:
-        return "its forward was replaced"
+    difference = _STOCK_SEQUENTIAL.difference(cls)
+    if difference.name.startswith("metaclass "):
+        return f"{cls.__name__} has the {difference.name}"
+    if difference.name:
+        return f"{cls.__name__} overrides Sequential.{difference.name}"
+    if "__final__" in vars(cls):
+        return f"{cls.__name__} is final"
+    for base in cls.__mro__:
+        if "__init_subclass__" in vars(base) and base not in _WITHOUT_SAY:
+            return f"{base.__name__} decides on its subclasses in __init_subclass__"
+    shadow = _STOCK_SEQUENTIAL.is_shadowed_by(vars(sequence))
+    if shadow:
+        return f"its {shadow} was replaced"
+    if type(vars(sequence).get("_modules")) is not dict:
+        return "its children are not in a dict"
     return ""
 
 
-def _optimize_sequence(path: str, sequence: nn.Sequential) -> Iterator[Finding]:
-    names, children = list(sequence._modules), list(sequence)
+# Whose __init_subclass__ has nothing to say against a subclass.
+_WITHOUT_SAY = (object, Generic)
+
+
+class _Changes:
+    """Classes of modules, changed one after another, and all back if that ends in an exception."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[nn.Module, type]] = []
+
+    def __enter__(self) -> "_Changes":
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        if exception is not None:
+            for module, cls in reversed(self._done):
+                _set_class(module, cls)
+
+    def make(self, module: nn.Sequential) -> str:
+        """Give a module its fused class; why it cannot have it, or ""."""
+        before = type(module)
+        self._done.append((module, before))
+        try:
+            cls = _fused_class(before)
+            module.__class__ = cls
+            refusal = "" if type(module) is cls else "its class stays what it is"
+        except Exception as e:
+            refusal = f"its class cannot be changed: {type(e).__name__}: {e}"
+        if refusal and type(module) is not before:
+            _set_class(module, before)
+        return refusal
+
+
+# Past what a class has to say on setting attributes: to give back what was there is no change.
+_set_class = vars(object)["__class__"].__set__
+
+
+def _optimize_sequence(path: str, sequence: nn.Sequential, changes: _Changes) -> Iterator[Finding]:
+    names, children = list(sequence._modules), list(sequence._modules.values())
     parts = plan(children)
     if not any(isinstance(part, Chain) and part.saves_calls for part in parts):
         return
-    refusal = "" if isinstance(sequence, FusedSequential) else _refusal(sequence)
-    if refusal:
-        yield Finding(path, type(sequence).__name__, refusal)
-        return
     if not isinstance(sequence, FusedSequential):
-        sequence.__class__ = _rewritten(type(sequence))
+        refusal = _refusal(sequence) or changes.make(sequence)
+        if refusal:
+            yield Finding(path, type(sequence).__name__, refusal)
+            return
     place = 0
     for part in parts:
         if isinstance(part, Chain):
@@ -136,18 +233,21 @@ def _optimize_sequence(path: str, sequence: nn.Sequential) -> Iterator[Finding]:
             place += 1
 
 
-def _optimize(model: nn.Module) -> Iterator[Finding]:
-    reported: set[nn.Module] = set()
+def _optimize(model: nn.Module, changes: _Changes) -> Iterator[Finding]:
+    reported: set[int] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Sequential):
-            for finding in _optimize_sequence(path, module):
-                reported.update(module.children())
+            for finding in _optimize_sequence(path, module, changes):
+                reported.update(map(id, module._modules.values()))
                 yield finding
-        elif isinstance(module, nn.Linear | MyLinear) and module not in reported:
+        elif isinstance(module, nn.Linear | MyLinear) and id(module) not in reported:
             (alone,) = plan([module])
             outside = "it is not in an nn.Sequential that fuses"
             reason = alone.reason if isinstance(alone, Unfused) else outside
             yield Finding(path, type(module).__name__, reason)
+
+
+# ---- the functions -----------------------------------------------------------------------------
 
 
 def optimize(model: nn.Module) -> Report:
@@ -157,7 +257,9 @@ def optimize(model: nn.Module) -> Report:
     :class:`mylayers.FusedSequential` fuses becomes one, by a change of its class alone: children,
     parameters, buffers, hooks, names and the training mode stay the objects they are, so that
     optimisers, tied weights and checkpoints stay valid, in both directions. Other modules, and
-    what their ``forward`` computes, are left alone.
+    what their ``forward`` computes, are left alone, and so is a container that does more than
+    ``nn.Sequential`` does, or will not have its class changed: a row says why. After an exception
+    nothing is changed.
 
     Args:
         model: any module.
@@ -183,11 +285,15 @@ def optimize(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: model must be an nn.Module; got {type(model).__name__}")
-    return Report(tuple(_optimize(model)))
+    with _Changes() as changes:
+        return Report(tuple(_optimize(model, changes)))
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:
     r"""Undo :func:`optimize`, in place.
+
+    It takes the classes that ``optimize`` gave and no others: where another has been put on one of
+    them since, as ``fully_shard`` does, the module keeps it.
 
     Args:
         model: any module, optimized or not.
@@ -213,8 +319,8 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         raise TypeError(f"restore: model must be an nn.Module; got {type(model).__name__}")
     restored = []
     for path, module in list(model.named_modules()):
-        if isinstance(module, _Rewritten):
-            module.forget_plan()
-            module.__class__ = module._original  # type: ignore[assignment]
+        original = vars(type(module)).get("_original")
+        if isinstance(module, _Optimized) and original is not None:
+            _set_class(module, original)
             restored.append(path)
     return tuple(restored)

@@ -1,14 +1,13 @@
 """``FusedSequential``: an ``nn.Sequential`` that computes runs of its children in one operator.
 
 What can be fused, and how, stands here alone (``_RULES``, ``plan``). An eager call compares the
-children with the pattern of the last plan in C++ (csrc/bindings.cpp), which reads the parameters
-anew on every call; anything that has changed leads to a new plan.
+children with the last plans in C++ (csrc/plans.h), which reads the parameters anew on every call;
+where none fits any more, a new one is made.
 """
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,20 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mylayers import _watched
+from mylayers import _watched, stock
 from mylayers._extension import _C
-from mylayers.layers import CenteredLayer, MyLinear
+from mylayers.layers import STOCK_MY_LINEAR, CenteredLayer, MyLinear
+from mylayers.reference import ACTIVATIONS
+from mylayers.stock import HOOKS, TENSORS, Difference, Must, Stock
 
 __all__ = ["FusedSequential"]
 
 _is_compiling = torch.compiler.is_compiling
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
+_REFUSED = _C.REFUSED
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# A module's __dict__, or what it was.
+_State = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,13 @@ class _Layer:
     """What a child is to a chain.
 
     Attributes:
-        step: the operator's name for it, without bias and later activation; "" for none.
-        attributes: those of the child that this holds for, with their values.
+        step: the operator's name for it, without later activation; "" for none.
+        attributes: those of the child that this holds for.
     """
 
     step: str
-    attributes: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[str, ...] = ()
+    in_place: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -55,59 +59,99 @@ class Unfused:
 
     Attributes:
         reason: why, for the report of :func:`mylayers.optimize`.
-        lasting: whether it holds as long as the children's types and the training mode do.
+        attributes: those of the child that this holds for.
+        lasting: whether it holds for all of the child's class.
     """
 
     reason: str
+    attributes: tuple[str, ...] = ()
     lasting: bool = False
 
 
 _ALONE = Unfused("there is no layer to fuse it with", lasting=True)
+_COMPUTED = "its weight or bias is computed, not a parameter"
 
 
-def _my_linear(layer: MyLinear) -> _Layer:
-    activation = layer.activation
-    step = "linear" if activation is None else f"linear+{activation}"
-    return _Layer(step, (("activation", activation),))
+# ---- what can be fused -------------------------------------------------------------------------
+#
+# Each rule is given the state of a module that is one of its class's, and nothing else of it.
 
 
-def _always(step: str) -> Callable[[nn.Module], _Layer]:
+def _linear(own: _State, step: str, *attributes: str) -> _Layer | Unfused:
+    parameters = own["_parameters"]
+    if type(parameters) is not dict:
+        return Unfused(f"its parameters are in a {type(parameters).__name__}")
+    if "weight" not in parameters or "bias" not in parameters or parameters["weight"] is None:
+        return Unfused(_COMPUTED)
+    for name in ("weight", "bias"):
+        value = parameters[name]
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or _is_foreign(value):
+            return Unfused(f"its {name} is of {type(value).__name__}, which computes itself")
+    name, *activation = step.split("+")
+    bias = [] if parameters["bias"] is None else ["bias"]
+    return _Layer("+".join([name, *bias, *activation]), attributes)
+
+
+def _my_linear(own: _State) -> _Layer | Unfused:
+    activation = own.get("activation")
+    if activation is None:
+        return _linear(own, "linear", "activation")
+    if type(activation) is not str or activation not in ACTIVATIONS:
+        return Unfused("its activation is none of ours", ("activation",))
+    return _linear(own, f"linear+{activation}", "activation")
+
+
+def _always(step: str) -> Callable[[_State], _Layer]:
     return lambda _: _Layer(step)
 
 
-def _relu(layer: nn.ReLU) -> _Layer:
-    return _Layer("relu", (("inplace", layer.inplace),))
+def _relu(own: _State) -> _Layer | Unfused:
+    inplace = own.get("inplace")
+    if type(inplace) is not bool:
+        return Unfused("its inplace is no bool", ("inplace",))
+    return _Layer("relu", ("inplace",), inplace)
 
 
-def _elu(layer: nn.ELU) -> _Layer | Unfused:
-    if layer.alpha != 1:
-        return Unfused(f"alpha is {layer.alpha}, not 1")
-    return _Layer("elu", (("alpha", layer.alpha), ("inplace", layer.inplace)))
+def _elu(own: _State) -> _Layer | Unfused:
+    inplace, alpha = own.get("inplace"), own.get("alpha")
+    if type(inplace) is not bool or type(alpha) not in (int, float):
+        return Unfused("its inplace is no bool or its alpha no float", ("inplace", "alpha"))
+    if alpha != 1:
+        return Unfused(f"alpha is {alpha}, not 1", ("alpha",))
+    return _Layer("elu", ("alpha", "inplace"), inplace)
 
 
-def _centered(layer: CenteredLayer) -> _Layer | Unfused:
-    if layer._group is not None:
-        return Unfused("its mean is over several processes")
-    dims = (layer.dim,) if isinstance(layer.dim, int) else layer.dim
+def _centered(own: _State) -> _Layer | Unfused:
+    if own.get("_group") is not None:
+        return Unfused("its mean is over several processes", ("_group",))
+    dim = own.get("dim")
+    dims = (dim,) if type(dim) is int else dim
     if dims is not None and not (type(dims) is tuple and all(type(d) is int for d in dims)):
-        return Unfused("its dim is neither None nor an int nor a tuple of them")
+        return Unfused("its dim is neither None nor an int nor a tuple of them", ("dim",))
     step = f"center({','.join(map(str, dims))})" if dims else "center"
-    return _Layer(step, (("dim", layer.dim), ("_group", None)))
+    return _Layer(step, ("dim", "_group"))
 
 
-def _flatten(layer: nn.Flatten) -> _Layer:
-    first, last = layer.start_dim, layer.end_dim
-    return _Layer(f"flatten({first},{last})", (("start_dim", first), ("end_dim", last)))
+def _flatten(own: _State) -> _Layer | Unfused:
+    first, last = own.get("start_dim"), own.get("end_dim")
+    if type(first) is not int or type(last) is not int:
+        return Unfused("its start_dim or end_dim is no int", ("start_dim", "end_dim"))
+    return _Layer(f"flatten({first},{last})", ("start_dim", "end_dim"))
 
 
-def _dropout(layer: nn.Dropout) -> _Layer | Unfused:
-    if layer.training:
-        return Unfused("dropout is random in training", lasting=True)
-    return _Layer("", (("training", False),))
+def _dropout(own: _State) -> _Layer | Unfused:
+    if own.get("training") is not False:
+        return Unfused("dropout is random in training", ("training",))
+    p: Any = own.get("p")
+    if type(p) not in (int, float) or not 0 <= p <= 1:
+        return Unfused("its p is no probability", ("p",))
+    return _Layer("", ("training", "p"))
 
 
-_RULES: dict[type[nn.Module], Callable[[Any], _Layer | Unfused]] = {
-    nn.Linear: _always("linear_t"),
+_RULES: dict[type[nn.Module], Callable[[_State], _Layer | Unfused]] = {
+    nn.Linear: lambda own: _linear(own, "linear_t"),
     MyLinear: _my_linear,
     nn.ReLU: _relu,
     nn.Tanh: _always("tanh"),
@@ -118,38 +162,110 @@ _RULES: dict[type[nn.Module], Callable[[Any], _Layer | Unfused]] = {
     nn.Flatten: _flatten,
     nn.Dropout: _dropout,
 }
+_STOCKS = {
+    **{cls: Stock(cls()) for cls in _RULES if cls not in (nn.Linear, MyLinear)},
+    nn.Linear: stock.stock_linear(nn.Linear),
+    MyLinear: STOCK_MY_LINEAR,
+}
 
 
-# As they were when this was imported: whoever replaces one, in a class or in PyTorch's own, means
-# it to be called.
-_FORWARDS = {cls: cls.forward for cls in _RULES}
-_CALL = nn.Module.__call__
+# ---- a child ------------------------------------------------------------------------------------
 
 
-def _layer(child: nn.Module) -> _Layer | Unfused:
+def _base(cls: type) -> type[nn.Module] | None:
+    return next((base for base in cls.__mro__ if base in _RULES), None)
+
+
+def _objection(cls: type, difference: Difference) -> str:
+    name = difference.name
+    if not name:
+        return ""
+    if name in ("weight", "bias"):
+        return _COMPUTED
+    if difference.is_stocks:
+        return f"{difference.cls}.{name} was replaced"
+    return f"{cls.__name__} overrides {base.__name__}.{name}" if (base := _base(cls)) else ""
+
+
+class _Look(NamedTuple):
+    """What planning saw of a child.
+
+    Attributes:
+        version: of its class; 0 if that has none.
+        objection: why its class is not fused.
+        own: its state.
+    """
+
+    version: int
+    objection: Unfused | None
+    own: _State
+
+
+def _class_objection(cls: type) -> str:
+    base = _base(cls)
+    if base is None or type(cls) not in stock.METACLASSES:
+        return _no_kernel(cls)
+    return _objection(cls, _STOCKS[base].difference(cls))
+
+
+# What follows from a class's state is a constant to Dynamo, which guards the class alone.
+# (torch.compiler.assume_constant_result does this, and imports Dynamo for it.)
+_class_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _no_kernel(cls: type) -> str:
+    if type(cls) not in stock.METACLASSES:
+        return f"{cls.__name__} has the metaclass {type(cls).__name__}"
+    return f"{cls.__name__} has no fused kernel"
+
+
+def _look(child: nn.Module) -> _Look:
     cls = type(child)
-    base = next((base for base in cls.__mro__ if base in _RULES), None)
+    if _is_compiling():
+        reason = _class_objection(cls)
+        own = {**child.__dict__, "_parameters": child._parameters}
+        return _Look(1, Unfused(reason) if reason else None, own)
+    base = _base(cls) if type(cls) in stock.METACLASSES else None
     if base is None:
-        return Unfused(f"{cls.__name__} has no fused kernel", lasting=True)
-    # torch.export replaces nn.Module.__call__ itself, to follow calls.
-    call = nn.Module.__call__ if _is_compiling() else _CALL
-    if cls.forward is not _FORWARDS[base] or cls.__call__ is not call:
-        return Unfused(f"{cls.__name__} overrides {base.__name__}.forward")
+        return _Look(0, Unfused(_no_kernel(cls), lasting=True), {})
+    version, difference = stock.judge(cls, _STOCKS[base])
+    reason = _objection(cls, difference)
+    if reason:
+        return _Look(version, Unfused(reason, lasting=not difference.is_stocks), {})
+    if not version:
+        return _Look(0, Unfused(f"CPython counts no changes of {cls.__name__}", lasting=True), {})
+    return _Look(version, None, stock.own_state(child))
+
+
+def _layer(child: nn.Module, look: _Look) -> _Layer | Unfused:
+    if look.objection is not None:
+        return look.objection
+    own, base = look.own, _base(type(child))
+    assert base is not None
     if function := _watched.replaced(base):
         return Unfused(f"{function} was replaced")
-    own = child.__dict__
-    if isinstance(child._parameters.get("weight"), UninitializedParameter):
+    if isinstance(own["_parameters"].get("weight"), UninitializedParameter):
         return Unfused("its sizes are not known yet")
-    if "forward" in own or own.get("_compiled_call_impl") is not None:
-        return Unfused("its forward was replaced")
-    if any(own[hooks] for hooks in _HOOKS):
+    shadow = _STOCKS[base].is_shadowed_by(own)
+    if shadow in ("weight", "bias") and not any(own[hooks] for hooks in HOOKS):
+        return Unfused(_COMPUTED)
+    if any(not stock.is_empty(own.get(hooks)) for hooks in HOOKS):
         return Unfused("it has hooks")
-    layer = _RULES[base](child)
-    if isinstance(layer, _Layer) and layer.is_linear:
-        weight = child._parameters.get("weight")
-        if weight is None or "bias" not in child._parameters:
-            return Unfused("its weight or bias is computed, not a parameter")
-    return layer
+    if shadow:
+        name = "forward" if shadow == "_compiled_call_impl" else shadow
+        return Unfused(f"its {name} was replaced")
+    return _RULES[base](own)
+
+
+def _kind(child: nn.Module, look: _Look, layer: _Layer | Unfused) -> stock.Kind:
+    """The child as the extension compares it."""
+    cls = type(child)
+    if isinstance(layer, Unfused) and layer.lasting:
+        return cls, 0, None
+    if look.objection is not None:
+        return cls, look.version, None
+    tensors = "_parameters" if issubclass(cls, nn.Linear | MyLinear) else ""
+    return cls, look.version, stock.entries(look.own, layer.attributes, tensors)
 
 
 @dataclass(frozen=True)
@@ -173,79 +289,101 @@ class Chain:
 
 
 _ACTIVATION_STEPS = ("relu", "tanh", "sigmoid", "elu")
+_AFFINE_STEPS = ("linear", "linear+bias", "linear_t", "linear_t+bias")
 
 
-def _program(children: list[nn.Module], layers: list[_Layer]) -> str:
+def _program(layers: Iterable[_Layer]) -> str:
     steps: list[str] = []
     takes_activation = False
-    for child, layer in zip(children, layers, strict=True):
-        if layer.is_linear:
-            name, _, activation = layer.step.partition("+")
-            bias = "" if child._parameters["bias"] is None else "+bias"
-            steps.append(name + bias + ("+" + activation if activation else ""))
-            takes_activation = not activation
-        elif layer.step in _ACTIVATION_STEPS and takes_activation:
+    for layer in layers:
+        if layer.step in _ACTIVATION_STEPS and takes_activation:
             steps[-1] += "+" + layer.step
             takes_activation = False
         elif layer.step:
             steps.append(layer.step)
-            takes_activation = False
+            takes_activation = layer.step in _AFFINE_STEPS
     return "; ".join(steps)
 
 
-def plan(children: Iterable[nn.Module]) -> list[Chain | Unfused]:
-    """The children in order: chains, and one entry for each child that runs by itself."""
+def _parts(layers: list[_Layer | Unfused]) -> list[Chain | Unfused]:
     parts: list[Chain | Unfused] = []
-    modules: list[nn.Module] = []
-    layers: list[_Layer] = []
+    run: list[_Layer] = []
 
     def end_chain(stop: int) -> None:
         # An activation alone is PyTorch's own; a flatten at the end has no result for the operator.
-        computing = [i for i, layer in enumerate(layers) if layer.computes]
-        first, end = stop - len(layers), computing[-1] + 1 if computing else 0
-        while end < len(layers) and not layers[end].step:
+        computing = [i for i, layer in enumerate(run) if layer.computes]
+        first, end = stop - len(run), computing[-1] + 1 if computing else 0
+        while end < len(run) and not run[end].step:
             end += 1
-        if any(layers[i].is_linear or layers[i].step.startswith("center") for i in computing):
-            program = _program(modules[:end], layers[:end])
-            parts.append(Chain(range(first, first + end), tuple(layers[:end]), program))
+        if any(run[i].is_linear or run[i].step.startswith("center") for i in computing):
+            fused = tuple(run[:end])
+            parts.append(Chain(range(first, first + end), fused, _program(fused)))
         else:
             end = 0
-        parts.extend([_ALONE] * (len(layers) - end))
-        layers.clear()
-        modules.clear()
+        parts.extend([_ALONE] * (len(run) - end))
+        run.clear()
 
     place = -1
-    for place, child in enumerate(children):
-        layer = _layer(child)
-        in_place = isinstance(layer, _Layer) and ("inplace", True) in layer.attributes
-        if in_place and not any(earlier.computes for earlier in layers):
-            layer = Unfused("it works in place on what it is given")
+    for place, layer in enumerate(layers):
+        in_place = isinstance(layer, _Layer) and layer.in_place
+        if in_place and not any(earlier.computes for earlier in run):
+            layer = Unfused("it works in place on what it is given", ("inplace",))
         if isinstance(layer, Unfused):
             end_chain(place)
             parts.append(layer)
         else:
-            modules.append(child)
-            layers.append(layer)
+            run.append(layer)
     end_chain(place + 1)
     return parts
 
 
-def _made(parent: nn.Module, chain: Chain, children: list[nn.Module]) -> object:
-    """The chain as the extension compares it with the children."""
-    patterns = []
-    for place, layer in zip(chain.children, chain.layers, strict=True):
-        child = children[place]
-        has_bias = layer.is_linear and child._parameters["bias"] is not None
-        patterns.append((type(child), layer.attributes, layer.is_linear, has_bias))
-    return _C.make_chain(
-        chain.program, type(parent), chain.children.start, len(children), tuple(patterns)
-    )
+def plan(children: Iterable[nn.Module]) -> list[Chain | Unfused]:
+    """The children in order: chains, and one entry for each child that runs by itself."""
+    return _parts([_layer(child, _look(child)) for child in children])
+
+
+def _keep_plan(network: "FusedSequential") -> bool:
+    """Let the extension know how to run the network as it is; whether there is a way."""
+    cls, own = type(network), dict(network.__dict__)
+    modules = own.get("_modules")
+    if type(modules) is not dict:
+        return False
+    version, difference = stock.judge(cls, _STOCK_NETWORK)
+    kind: stock.Kind = cls, 0, None
+    is_direct = False
+    if version and not difference.name and not any(type(name) is not str for name in own):
+        kind = cls, version, tuple(map(_entry_of_network, own))
+        is_direct = not _STOCK_NETWORK.is_shadowed_by(own) and all(name in own for name in HOOKS)
+    replaced = _C.replaced_functions()
+    children = list(modules.values())
+    looks = list(map(_look, children))
+    layers = list(map(_layer, children, looks))
+    parts: list[tuple[str | None, tuple[stock.Kind, ...]]] = []
+    place = 0
+    for part in _parts(layers):
+        if isinstance(part, Chain):
+            kinds = [_kind(children[i], looks[i], layers[i]) for i in part.children]
+            parts.append((part.program, tuple(kinds)))
+            place = part.children.stop
+        else:
+            parts.append((None, (_kind(children[place], looks[place], part),)))
+            place += 1
+    if _C.replaced_functions() != replaced:  # by another thread, in between
+        return False
+    _C.keep_plan(network, kind, replaced, is_direct, tuple(parts))
+    return True
+
+
+def _entry_of_network(name: str) -> tuple[str, int, None]:
+    if name in HOOKS:
+        return name, Must.BE_HOOKS, None
+    return name, Must.BE_MODULES if name == "_modules" else Must.BE_THERE, None
 
 
 def _is_foreign(value: object) -> bool:
     """Whether it is of a class that decides itself what operators do, and knows PyTorch's own."""
     cls = type(value)
-    if cls in (Tensor, nn.Parameter):
+    if cls in TENSORS:
         return False
     override = getattr(cls, "__torch_function__", None)
     if override is None:
@@ -267,14 +405,15 @@ def _one_by_one(children: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def _run_chain(children: list[nn.Module], program: str, x: Tensor) -> Tensor:
+    if _is_foreign(x):
+        return _one_by_one(children, x)
     parameters: list[Tensor] = []
     for child in children:
         if isinstance(child, nn.Linear | MyLinear):
             weight, bias = child._parameters["weight"], child._parameters["bias"]
             parameters += [p for p in (weight, bias) if p is not None]
-    for tensor in (x, *parameters):
-        if _is_foreign(tensor):
-            return _one_by_one(children, x)
+    if any(map(_is_foreign, parameters)):
+        return _one_by_one(children, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"FusedSequential: input must be a torch.Tensor; got {type(x).__name__}")
     return torch.ops.mylayers.sequential(x, parameters, program)  # type: ignore[no-any-return]
@@ -332,82 +471,26 @@ class FusedSequential(nn.Sequential):
         True
     """
 
-    # The last plan, which is no part of the state: what it was made for and its parts (a chain, or
-    # None for a child that runs by itself, and the place after it); and the chain that is all.
-    _prepared: tuple[tuple[object, ...], tuple[tuple[object, int], ...]] | None
-    _whole: object
-    __jit_ignored_attributes__ = ["_prepared", "_whole"]  # noqa: RUF012  (torch.nn's protocol)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's; the extension goes straight to the chain where that comes to the same.
+        """As any module's; the extension goes straight to the chains where that comes to the same.
 
         The way of ``nn.Module`` to ``forward`` is a quarter of the time of a small network.
         """
         if len(args) == 1 and not kwargs and not _is_compiling():
-            output = _C.call_fused(self, args[0])
-            if output is not NotImplemented:
+            output = _C.call_network(self, args[0])
+            if output is not _REFUSED:
                 return output
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
         """The children's result, one after another."""
-        if _is_scripting():
-            x = input
-            for child in self:
-                x = child(x)
-            return x
-        children = list(self)
-        if _is_compiling():
-            return _run(children, input)
-        if type(self).__iter__ is not nn.Sequential.__iter__ or type(self._modules) is not dict:
-            return _run(children, input)  # in an order of its own
-        key = (self.training, *map(type, children))
-        prepared = self.__dict__.get("_prepared")  # one object, as other threads may plan anew
-        if prepared is None or prepared[0] != key or "_whole" in self.__dict__:
-            prepared = self._prepare(children, key)
-        if prepared is None:
-            return _run(children, input)
-        x, place = input, 0
-        for chain, stop in prepared[1]:
-            if chain is None:
-                x = children[place](x)
-            else:
-                output = _C.run_chain(chain, self._modules, x)
-                x = _run(children[place:stop], x) if output is NotImplemented else output
-            place = stop
-        return x
-
-    def _prepare(self, children: list[nn.Module], key: tuple[object, ...]) -> Any:
-        self.forget_plan()
-        parts = plan(children)
-        if not all(isinstance(part, Chain) or part.lasting for part in parts):
-            return None
-        chains = [
-            _made(self, part, children) if isinstance(part, Chain) else None for part in parts
-        ]
-        sizes = (len(part.children) if isinstance(part, Chain) else 1 for part in parts)
-        prepared = key, tuple(zip(chains, itertools.accumulate(sizes), strict=True))
-        self._prepared = prepared
-        cls = type(self)
-        by_default = cls.forward is FusedSequential.forward and nn.Module.__call__ is _CALL
-        if (
-            len(chains) == 1
-            and chains[0]
-            and by_default
-            and cls.__call__ is FusedSequential.__call__
-        ):
-            self._whole = chains[0]
-        return prepared
-
-    def forget_plan(self) -> None:
-        """Drop what the last call has left; the next one plans anew."""
-        for name in _PLAN:
-            self.__dict__.pop(name, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the last plan."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {name: value for name, value in state.items() if name not in _PLAN}
+        if not _is_compiling():
+            output = _C.run_network(self, input)
+            if output is _REFUSED and _keep_plan(self):
+                output = _C.run_network(self, input)
+            if output is not _REFUSED:
+                return output  # type: ignore[no-any-return]
+        return _run(list(self), input)
 
 
-_PLAN = ("_prepared", "_whole")
+_STOCK_NETWORK = Stock(FusedSequential())

@@ -1,6 +1,6 @@
 """``forward_backward``: the forward, loss and backward of a training step in one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from types import FunctionType
 from typing import Any
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
+from mylayers import stock
 from mylayers._extension import _C
 from mylayers.sequential import FusedSequential
+from mylayers.stock import Stock
 
 __all__ = ["forward_backward"]
 
@@ -30,24 +32,41 @@ _Loss = tuple[_Kind, int, float, int]
 _MEAN, _SUM = map(_reduction.get_enum, ("mean", "sum"))
 _REDUCTIONS = {"mean": _MEAN, "sum": _SUM}
 
+_State = Mapping[str, Any]
+_Rule = tuple[_Kind, float, int] | None
+_is_compiling = torch.compiler.is_compiling
+_REFUSED = _C.REFUSED
 
-def _smooth_l1(loss: nn.SmoothL1Loss) -> tuple[_Kind, float, int] | None:
-    return (_Kind.SMOOTH_L1, loss.beta, 0) if loss.beta > 0 else None  # 0: PyTorch's l1_loss
+
+# Each is given the state of a module of the class.
 
 
-def _cross_entropy(loss: nn.CrossEntropyLoss) -> tuple[_Kind, float, int] | None:
-    if loss.weight is not None or loss.label_smoothing != 0:
+def _smooth_l1(own: _State) -> _Rule:
+    beta: Any = own.get("beta")
+    is_known = type(beta) in (int, float) and beta > 0  # 0: PyTorch's l1_loss
+    return (_Kind.SMOOTH_L1, beta, 0) if is_known else None
+
+
+def _huber(own: _State) -> _Rule:
+    delta: Any = own.get("delta")
+    return (_Kind.HUBER, delta, 0) if type(delta) in (int, float) else None
+
+
+def _cross_entropy(own: _State) -> _Rule:
+    weights, ignored = own.get("_buffers"), own.get("ignore_index")
+    if weights != {"weight": None} or own.get("label_smoothing") != 0 or type(ignored) is not int:
         return None
-    return _Kind.CROSS_ENTROPY, 0.0, loss.ignore_index
+    return _Kind.CROSS_ENTROPY, 0.0, ignored
 
 
-_MODULES: dict[Any, Callable[[Any], tuple[_Kind, float, int] | None]] = {
+_MODULES: dict[Any, Callable[[_State], _Rule]] = {
     nn.MSELoss: lambda _: (_Kind.MSE, 0.0, 0),
     nn.SmoothL1Loss: _smooth_l1,
-    nn.HuberLoss: lambda loss: (_Kind.HUBER, loss.delta, 0),
+    nn.HuberLoss: _huber,
     nn.CrossEntropyLoss: _cross_entropy,
 }
-_FORWARDS = {cls: cls.forward for cls in _MODULES}
+_STOCKS = {cls: Stock(cls()) for cls in _MODULES}
+_ATTRIBUTES = ("reduction", "beta", "delta", "ignore_index", "label_smoothing")
 _FUNCTIONS: dict[Callable[..., Tensor], _Loss] = {
     F.mse_loss: (_Kind.MSE, _MEAN, 0.0, 0),
     F.smooth_l1_loss: (_Kind.SMOOTH_L1, _MEAN, 1.0, 0),
@@ -56,15 +75,27 @@ _FUNCTIONS: dict[Callable[..., Tensor], _Loss] = {
 }
 
 
-def _known(criterion: Any) -> _Loss | None:
+def _keep(criterion: Any) -> bool:
+    """Let the extension know what the criterion is; whether it is one that it computes."""
     cls = type(criterion)
-    if cls is FunctionType:
-        return _FUNCTIONS.get(criterion)
-    rule = _MODULES.get(cls)
-    if rule is None or cls.forward is not _FORWARDS[cls]:
-        return None
-    reduction, found = _REDUCTIONS.get(criterion.reduction), rule(criterion)
-    return None if reduction is None or found is None else (found[0], reduction, *found[1:])
+    if cls is FunctionType and criterion in _FUNCTIONS:
+        _C.keep_loss(criterion, (cls, 0, None), _FUNCTIONS[criterion])
+        return True
+    if cls not in _MODULES:
+        return False
+    version, difference = stock.judge(cls, _STOCKS[cls])
+    own = stock.own_state(criterion)
+    entries = stock.entries(own, _ATTRIBUTES, "_buffers")
+    if not version or difference.name or entries is None or _STOCKS[cls].is_shadowed_by(own):
+        return False
+    if not all(stock.is_empty(own.get(hooks)) for hooks in stock.HOOKS):
+        return False
+    reduction, found = own.get("reduction"), _MODULES[cls](own)
+    if type(reduction) is not str or reduction not in _REDUCTIONS or found is None:
+        return False
+    reduction = _REDUCTIONS[reduction]
+    _C.keep_loss(criterion, (cls, version, entries), (found[0], reduction, *found[1:]))
+    return True
 
 
 def forward_backward(
@@ -115,13 +146,12 @@ def forward_backward(
         >>> loss.requires_grad
         False
     """
-    if isinstance(network, FusedSequential) and not torch.compiler.is_compiling():
-        known = _known(criterion)
-        if known is not None:
-            module = criterion if isinstance(criterion, nn.Module) else None
-            loss = _C.forward_backward(network, module, known, input, target)
-            if loss is not NotImplemented:
-                return loss  # type: ignore[no-any-return]
+    if isinstance(network, FusedSequential) and not _is_compiling():
+        loss = _C.forward_backward(network, criterion, input, target)
+        if loss is None and _keep(criterion):
+            loss = _C.forward_backward(network, criterion, input, target)
+        if loss is not None and loss is not _REFUSED:
+            return loss  # type: ignore[no-any-return]
     loss = criterion(network(input), target)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()

@@ -38,6 +38,7 @@ SUITES = (
     "networks-forward",
     "networks-training",
     "networks-backward",
+    "networks-hindered",
 )
 # Candidates that take seconds to set up: few tests have them.
 SLOW_TO_BUILD = {"compile", "reduce-overhead", "max-autotune", "onnxruntime"}
@@ -163,6 +164,14 @@ def test_onnx_runtime_passes_verification(bench, name, dtype):
     suite = dataclasses.replace(suite, candidates={**suite.candidates, "onnxruntime": onnx})
     result = bench.measure.measure(suite, tiny_case(bench, name, dtype), seconds=0)
     check_timed(bench, suite, result)
+
+
+def test_every_obstacle_passes_verification(bench):
+    suite = bench.cases.SUITES["networks-hindered"]
+    assert [shape.obstacle for shape in suite.shapes] == list(bench.cases.OBSTACLES)
+    for shape in suite.shapes:
+        case = bench.measure.Case("networks-hindered", shape, "float32", "cpu", threads=1)
+        check_timed(bench, suite, bench.measure.measure(suite, case, 0.0))
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])

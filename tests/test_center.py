@@ -24,6 +24,7 @@ from samples import (
 from torch import Tensor
 
 from mylayers import functional, reference
+from mylayers._extension import _C
 
 
 @functools.cache
@@ -353,3 +354,39 @@ def test_complex_values_and_gradient_are_the_references(dim):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
         gradients = (torch.autograd.grad(y, x, grad.reshape(y.shape)) for y in (actual, expected))
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-15)
+
+
+class _Index:
+    """An index that says when it was used after its end."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __del__(self) -> None:
+        ended.append(self)
+        self.value = 100
+
+    def __index__(self) -> int:
+        return self.value
+
+
+ended: list[_Index] = []
+
+
+class _Dims(Sequence[_Index]):
+    """Makes its items as they are asked for, as an array of NumPy's does."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, place: int) -> _Index:  # type: ignore[override]
+        if place >= 2:
+            raise IndexError
+        return _Index(place)
+
+
+def test_the_items_of_dim_live_while_they_are_read():
+    x = torch.rand(3, 4, 5)
+    expected = functional.center(x, (0, 1))
+    assert torch.equal(_C.center(x, _Dims()), expected)
+    assert torch.equal(_C.center(x, torch.arange(2).numpy()), expected)

@@ -12,6 +12,7 @@ import torch
 from common import COPIES, Calls
 from samples import drawer, same_bits
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parametrizations, prune
 
 import mylayers
@@ -305,16 +306,10 @@ def operator_calls(net: nn.Module, x: Tensor) -> int:
     return [name for name, _ in calls.seen].count("sequential")
 
 
-def attributes(module: nn.Module) -> list[str]:
-    """But for the plan that one fused by hand has, from its first call on."""
-    plan = ("_prepared", "_whole") if isinstance(module, FusedSequential) else ()
-    return sorted(set(vars(module)).difference(plan))
-
-
 def anatomy(net: nn.Module) -> list[Any]:
     """All that a round trip must leave: objects, classes, names, attributes, modes."""
     return [
-        [(name, id(m), type(m), m.training, attributes(m)) for name, m in net.named_modules()],
+        [(name, id(m), type(m), m.training, sorted(vars(m))) for name, m in net.named_modules()],
         [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in net.named_parameters()],
         [(name, id(b)) for name, b in net.named_buffers()],
         list(net.state_dict()),
@@ -718,3 +713,27 @@ def test_ppos_policy_trains_alike(policies):
         runs.append(list(net.parameters()))
     for a, e in zip(*runs, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=64 * torch.finfo(a.dtype).eps)
+
+
+# ---- fully_shard -----------------------------------------------------------------------
+
+
+def test_restore_leaves_the_class_that_fully_shard_gave():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net, x = nn.Sequential(two_layers(), linear()), torch.randn(3, 4)
+        expected = net(x)
+        assert mylayers.optimize(net).fused
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (net[0], net):
+            fully_shard(module, mesh=mesh)
+        sharded = [type(module) for module in net.modules()]
+        assert mylayers.restore(net) == ()
+        assert [type(module) for module in net.modules()] == sharded
+        assert isinstance(net, FSDPModule)
+        assert_close([net(x)], [expected])
+        net(x).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    finally:
+        distributed.destroy_process_group()

@@ -169,6 +169,20 @@ def test_a_missing_compiler_says_what_to_install(build):
     assert "apt-get install g++" in done.stderr
 
 
+def test_the_import_draws_no_random_number_and_brings_no_compiler():
+    code = (
+        "import sys, torch\n"
+        "torch.manual_seed(0)\n"
+        "expected = torch.rand(1)\n"
+        "torch.manual_seed(0)\n"
+        "before = set(sys.modules)\n"
+        "import mylayers\n"
+        "assert torch.rand(1) == expected\n"
+        "assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & (set(sys.modules) - before)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 

@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
@@ -1635,6 +1636,166 @@ def test_global_hooks_see_every_layer(register, x):
     assert len(events) == 9
     assert events == expected_events
     assert_close(actual, expected)
+
+
+OBSTACLES: dict[str, Callable[[FusedSequential], Any]] = {
+    "nothing": lambda n: None,  # noqa: ARG005
+    "hook": lambda n: hooked(n[5]),
+    "hooks": lambda n: [hooked(child) for child in n],
+    "hook of its own": hooked,
+    "weight norm": lambda n: parametrizations.weight_norm(n[5]),
+    "pruned": lambda n: pruned(n[5]),
+    "forward replaced": lambda n: replaced(n[5]),
+    "forward of its own": replaced,
+    "alpha": lambda n: setattr(n[1], "alpha", 2.0),
+    "dims in a list": lambda n: setattr(n[2], "dim", [0]),
+    "class with its own forward": lambda n: n.__setitem__(7, _Counted(5, 3)),
+    "in training": lambda n: n.train(),
+    "foreign weight": lambda n: setattr(n[5], "weight", nn.Parameter(_Tagged(n[5].weight))),
+    "attribute that came and went": lambda n: (setattr(n[5], "note", 1), delattr(n[5], "note")),
+}
+
+
+class _Counted(nn.Linear):
+    """Changes its class at every call."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(input)
+
+
+def planned(net: FusedSequential, x: Tensor, monkeypatch: pytest.MonkeyPatch, calls: int) -> int:
+    """How many plans so many calls make."""
+    made, module = [], sys.modules["mylayers.sequential"]
+    keep_plan = module._keep_plan
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_keep_plan", lambda n: (made.append(n), keep_plan(n))[1])
+        for _ in range(calls):
+            net(x)
+    return len(made)
+
+
+@pytest.mark.parametrize("change", OBSTACLES.values(), ids=OBSTACLES)
+def test_a_plan_is_made_once_whatever_is_in_the_way(change, monkeypatch, x):
+    net = small()
+    assert planned(net, x, monkeypatch, 4) == 1
+    change(net)
+    net(x)
+    assert planned(net, x, monkeypatch, 4) == 0
+    assert planned(net, _Tagged(x), monkeypatch, 4) == 0
+    with torch.device("cpu"):
+        assert planned(net, x, monkeypatch, 4) == 0
+    handle = global_hooks.register_module_forward_hook(lambda *_: None)
+    try:
+        assert planned(net, x, monkeypatch, 4) == 0
+    finally:
+        handle.remove()
+    torch.manual_seed(0)
+    expected = stock(net)(x) * (2 if "forward" in vars(net) else 1)
+    torch.manual_seed(0)
+    assert_close(net(x), expected)
+
+
+def test_a_plan_is_found_again_while_a_function_is_replaced(monkeypatch, x):
+    net, calls = small(), []
+    wanted = sum(isinstance(layer, nn.Linear) for layer in net)
+    assert planned(net, x, monkeypatch, 4) == 1
+    own = F.linear
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return own(*args)
+
+    for first in (1, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", counted)
+            assert planned(net, x, monkeypatch, 4) == first
+        assert len(calls) == 4 * wanted
+        calls.clear()
+        assert planned(net, x, monkeypatch, 4) == 0
+        assert not calls
+
+
+def test_what_changes_back_and_forth_is_not_planned_anew(monkeypatch, x):
+    net = small()
+
+    def round_trip() -> None:
+        for change in (net.train, net.eval):
+            change()
+            net(x)
+        handle = hook(net[5])
+        net(x)
+        handle.remove()
+
+    def hook(layer: nn.Module) -> Any:
+        return layer.register_forward_hook(lambda *_: None)
+
+    round_trip()
+    made, module = [], sys.modules["mylayers.sequential"]
+    monkeypatch.setattr(module, "_keep_plan", made.append)
+    for _ in range(3):
+        round_trip()
+    assert not made
+
+
+def test_a_dropout_of_no_probability_is_refused_as_ever(x):
+    net = small()
+    net(x)
+    net[3].p = 2.0
+    for called in (net, stock(net)):
+        with pytest.raises(ValueError, match="dropout probability"):
+            called(x)
+
+
+def test_a_child_may_change_those_behind_it_while_it_runs(x):
+    """As where nn.Sequential iterates over them."""
+    for edit in (
+        lambda n: n.__setitem__(4, nn.Linear(6, 3).requires_grad_(False)),
+        lambda n: n.__setitem__(5, nn.Sigmoid()),
+        lambda n: hooked(n[4]),
+        lambda n: setattr(n[4], "weight", nn.Parameter(n[4].weight * 2)),
+        lambda n: n.append(nn.Tanh()),
+        lambda n: n.__delitem__(5),
+    ):
+        found = []
+        for kind in (FusedSequential, nn.Sequential):
+            net = kind(*split_net())
+            net(x)
+            once = []
+
+            def change(*_: Any, net: Any = net, once: Any = once, edit: Any = edit) -> None:
+                if not once:
+                    once.append(torch.manual_seed(0))
+                    edit(net)
+
+            net[2].register_forward_hook(change)
+            results = []
+            for _ in range(2):
+                try:
+                    results.append(net(x))
+                except RuntimeError as e:
+                    results.append(str(e))
+            found.append(results)
+        for ours, stocks in zip(*found, strict=True):
+            assert type(ours) is type(stocks)
+            assert ours == stocks if isinstance(ours, str) else torch.allclose(ours, stocks)
+
+
+def test_a_child_may_replace_a_function_that_those_behind_it_call(monkeypatch, x):
+    net, calls, own = split_net(), [], F.relu
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    net[2].register_forward_hook(lambda *_: monkeypatch.setattr(F, "relu", counted))
+    for _ in range(3):
+        net(x)
+        assert len(calls) == 1
+        calls.clear()
+        monkeypatch.setattr(F, "relu", own)
 
 
 def test_hooks_on_tensors_and_parameters_fire(x):

@@ -1,0 +1,20 @@
+"""Threads on the same modules: nothing is freed while a call computes with it.
+
+tests/threads.py runs in a process of its own, for what it looks for may end one.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STRESS = Path(__file__).parent / "threads.py"
+
+
+@pytest.mark.parametrize("scenario", ["inference", "training", "parameters", "everything"])
+def test_threads_that_call_and_change_the_same_modules(scenario):
+    ended = subprocess.run(
+        [sys.executable, str(STRESS), "1.5", scenario], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
