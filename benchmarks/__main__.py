@@ -179,10 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(file, soft_wrap=True)
 
     slow = report.slow(results)
-    if arguments.check and slow:
+    if not arguments.check:
+        return 0
+    if slow:
         console.print(report.slow_table(slow), style="red")
-        return 1
-    return 0
+    verdict = report.verdict(results, machine.name(here))
+    console.print(verdict, style="red" if slow else "green", markup=False, soft_wrap=True)
+    return 1 if slow else 0
 
 
 if __name__ == "__main__":

@@ -71,6 +71,29 @@ def slow(results: Sequence[Result]) -> list[Result]:
     return sorted(below, key=lambda result: result.best_ratio.median)
 
 
+def verdict(results: Sequence[Result], machine_name: str) -> str:
+    """What ``--check`` found, in one line that claims nothing of any other machine.
+
+    Args:
+        results: all that was measured.
+        machine_name: what it was measured on.
+    """
+    cases = [result.case for result in results]
+    threads = [str(each) for each in sorted({case.threads for case in cases})]
+    dtypes = [dtype for dtype in DTYPES if any(case.dtype == dtype for case in cases)]
+    noun = "thread" if threads == ["1"] else "threads"
+    found = len(slow(results)) or "none"
+    return (
+        f"On {machine_name}, {_and(threads)} {noun}, {_and(dtypes)}: {found} of {len(cases)} cases "
+        f"below {THRESHOLD} of the best peer's speed"
+    )
+
+
+def _and(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def slow_table(results: Sequence[Result]) -> Table:
     """The entries that ``--check`` fails for."""
     made = Table("case", "best peer", title=f"Below {THRESHOLD}x of the best peer's speed")

@@ -883,13 +883,17 @@ def test_check_fails_a_run_in_which_a_peer_is_faster(
     monkeypatch.setitem(bench.cases.SUITES, "center-forward", dawdling)
     arguments = ["--only", "center-forward", "--out", str(tmp_path), *check]
     assert bench.main.main(arguments) == status
-    assert ("Below 0.97x" in capsys.readouterr().out) == bool(check)
+    shown = capsys.readouterr().out
+    assert ("Below 0.97x" in shown) == bool(check)
+    here = bench.machine.name(bench.machine.describe("cpu"))
+    verdict = r", \d+ threads?, float32: 1 of 1 cases below 0.97 of the best peer's speed"
+    assert bool(re.search(f"On {re.escape(here)}{verdict}", shown)) == bool(check)
     document = json.loads((tmp_path / "results.json").read_text())
     assert {row["remeasured"] for row in document["results"]} == {True}
 
 
 @pytest.mark.usefixtures("tiny_suites")
-def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, monkeypatch):
+def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, capsys, monkeypatch):
     def dawdle(x):
         time.sleep(0.001)
         return x - x.mean()
@@ -898,6 +902,7 @@ def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, monkeypa
     monkeypatch.setitem(bench.cases.SUITES, "center-forward", dawdling)
     arguments = ["--only", "center-forward", "--out", str(tmp_path), "--check"]
     assert bench.main.main(arguments) == 0
+    assert ": none of 1 cases below 0.97 of the best peer's speed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny_suites")
@@ -949,11 +954,196 @@ def test_only_giants_are_missing_from_the_grid_of_a_dtype(bench, dtype):
     assert all(math.prod(shape.sizes) >= 1 << 30 for shape in missing)
 
 
+X86 = """processor	: 0
+vendor_id	: {}
+cpu family	: {}
+model		: {}
+model name	: Some: processor
+stepping	: {}
+flags		: fpu sse2 {}
+
+processor	: 1
+vendor_id	: Other
+cpu family	: 1
+"""
+ARM = """processor	: 0
+BogoMIPS	: 243.75
+Features	: fp asimd {}
+CPU implementer	: {}
+CPU architecture: 8
+CPU variant	: 0x3
+CPU part	: {}
+CPU revision	: 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "stepping", "name"),
+    [
+        ("AuthenticAMD", 23, 1, 2, "Zen"),  # Naples
+        ("AuthenticAMD", 23, 49, 0, "Zen 2"),  # Rome
+        ("AuthenticAMD", 25, 1, 1, "Zen 3"),  # Milan
+        ("AuthenticAMD", 25, 33, 0, "Zen 3"),  # Vermeer
+        ("AuthenticAMD", 25, 17, 1, "Zen 4"),  # Genoa
+        ("AuthenticAMD", 25, 97, 2, "Zen 4"),  # Raphael
+        ("AuthenticAMD", 25, 160, 1, "Zen 4"),  # Bergamo
+        ("AuthenticAMD", 26, 2, 1, "Zen 5"),  # Turin
+        ("AuthenticAMD", 26, 68, 0, "Zen 5"),  # Granite Ridge
+        ("AuthenticAMD", 26, 80, 0, "AuthenticAMD family 26 model 80 stepping 0"),
+        ("AuthenticAMD", 21, 2, 0, "AuthenticAMD family 21 model 2 stepping 0"),
+        ("HygonGenuine", 24, 0, 1, "Dhyana (Zen)"),
+        ("GenuineIntel", 6, 63, 2, "Haswell"),
+        ("GenuineIntel", 6, 79, 1, "Broadwell"),
+        ("GenuineIntel", 6, 85, 4, "Skylake server"),
+        ("GenuineIntel", 6, 85, 7, "Cascade Lake server"),
+        ("GenuineIntel", 6, 85, 11, "Cooper Lake server"),
+        ("GenuineIntel", 6, 106, 6, "Ice Lake server (Sunny Cove)"),
+        ("GenuineIntel", 6, 143, 8, "Sapphire Rapids (Golden Cove)"),
+        ("GenuineIntel", 6, 207, 2, "Emerald Rapids (Golden Cove)"),
+        ("GenuineIntel", 6, 173, 1, "Granite Rapids (Redwood Cove)"),
+        ("GenuineIntel", 6, 250, 1, "GenuineIntel family 6 model 250 stepping 1"),
+        ("GenuineIntel", 15, 207, 1, "GenuineIntel family 15 model 207 stepping 1"),
+    ],
+)
+def test_an_x86_processor_is_named_by_its_numbers(bench, vendor, family, model, stepping, name):
+    cpuinfo = X86.format(vendor, family, model, stepping, "avx2 fma")
+    processor = bench.machine.read_processor(cpuinfo)
+    assert processor == (vendor, family, model, stepping, {"fpu", "sse2", "avx2", "fma"})
+    assert bench.machine.microarchitecture(processor) == name
+
+
+@pytest.mark.parametrize(
+    ("implementer", "part", "name"),
+    [
+        ("0x41", "0xd0c", "Neoverse N1"),
+        ("0x41", "0xd49", "Neoverse N2"),
+        ("0x41", "0xd40", "Neoverse V1"),
+        ("0x41", "0xd4f", "Neoverse V2"),
+        ("0x41", "0xd42", "Cortex-A78AE"),
+        ("0x6d", "0xd49", "Cobalt 100 (Neoverse N2)"),
+        ("0x42", "0xd49", "0x42 family 8 model 3401 stepping 49"),
+    ],
+)
+def test_an_arm_processor_is_named_by_its_part(bench, implementer, part, name):
+    processor = bench.machine.read_processor(ARM.format("bf16", implementer, part))
+    assert processor == (implementer, 8, int(part, 16), 0x31, {"fp", "asimd", "bf16"})
+    assert bench.machine.microarchitecture(processor) == name
+
+
+@pytest.mark.parametrize(
+    ("numbers", "features", "title"),
+    [
+        ((207, 2), "avx2 avx512f amx_tile amx_bf16", "Emerald Rapids (Golden Cove, AMX)"),
+        ((207, 2), "avx2 avx512f", "Emerald Rapids (Golden Cove, AVX-512)"),  # hidden from a guest
+        ((85, 7), "avx2 avx512f", "Cascade Lake server (AVX-512)"),
+        ((79, 1), "avx2", "Broadwell (AVX2)"),
+        ((79, 1), "", "Broadwell"),
+        ((250, 1), "avx2", "GenuineIntel family 6 model 250 stepping 1 (AVX2)"),
+    ],
+)
+def test_a_title_has_the_widest_units_that_are_to_be_seen(bench, numbers, features, title):
+    cpuinfo = X86.format("GenuineIntel", 6, *numbers, features)
+    assert bench.machine.title(bench.machine.read_processor(cpuinfo)) == title
+
+
+@pytest.mark.parametrize("cpuinfo", ["", "hart\t: 0\nisa\t: rv64imafdc\n", "vendor_id\t: Else\n"])
+def test_a_processor_that_does_not_say_what_it_is_has_no_name(bench, cpuinfo):
+    assert bench.machine.read_processor(cpuinfo) is None
+
+
+def test_the_caches_are_those_that_hold_data(bench, tmp_path):
+    kinds = [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2048K")]
+    for number, kind in enumerate([*kinds, ("3", "Unified", "300M")]):
+        (tmp_path / f"index{number}").mkdir()
+        for field, value in zip(("level", "type", "size"), kind, strict=True):
+            (tmp_path / f"index{number}" / field).write_text(value + "\n")
+    (tmp_path / "index4").mkdir()  # says nothing
+    assert bench.machine.caches(tmp_path) == {"L1d": "48K", "L2": "2048K", "L3": "300M"}
+    assert bench.machine.caches(tmp_path / "none") == {}
+
+
+def test_the_commit_is_that_of_the_checkout_itself_with_changes_of_code_alone(bench, tmp_path):
+    def git(*arguments):
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        ran = subprocess.run(
+            ["git", "-C", tmp_path, *settings, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return ran.stdout.strip()
+
+    for file in ("mylayers/code.py", "docs/page.md"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("1\n")
+    assert bench.machine.commit(tmp_path) is None
+    git("init", "-q")
+    assert bench.machine.commit(tmp_path) is None  # nothing is committed yet
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    assert re.fullmatch("[0-9a-f]{40}", head)
+    assert bench.machine.commit(tmp_path) == head
+    assert bench.machine.commit(tmp_path / "mylayers") is None
+    (tmp_path / "docs/page.md").write_text("2\n")
+    (tmp_path / "benchmarks/results/now").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/now/results.csv").write_text("2\n")
+    assert bench.machine.commit(tmp_path) == head
+    (tmp_path / "mylayers/new.py").write_text("2\n")
+    assert bench.machine.commit(tmp_path) == f"{head}+changes"
+    (tmp_path / "mylayers/new.py").unlink()
+    (tmp_path / "mylayers/code.py").write_text("2\n")
+    assert bench.machine.commit(tmp_path) == f"{head}+changes"
+
+
+def test_without_git_no_commit_is_known(bench, tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    assert bench.machine.commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.machine.commit(tmp_path) is None
+
+
+def test_the_machine_is_described_ready_for_json(bench):
+    described = bench.machine.describe("cpu")
+    assert json.loads(json.dumps(described)) == described
+    assert described["microarchitecture"]
+    assert described["gpu"] is None
+    assert described["cores"] >= 1
+    assert described["memory_gib"] > 0.1
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["versions"]["mylayers"] == mylayers.__version__
+    assert described["build"]["compiler"] == mylayers.build_info()["compiler"]
+    if bench.machine.SYSTEM_CPUS.exists() and "x86" in described["system"]:
+        assert isinstance(described["family"], int)
+        assert isinstance(described["stepping"], int)
+        assert {"L1d", "L2"} <= set(described["caches"]) or not described["caches"]
+
+
+@pytest.mark.parametrize(
+    ("times", "threads", "verdict"),
+    [
+        ((2.0, 0.98), (2, 2), "2 threads, float32: none of 2 cases"),
+        ((0.5, 0.96), (1, 1), "1 thread, float32: 2 of 2 cases"),
+        ((2.0, 0.96), (2, 1), "1 and 2 threads, float32: 1 of 2 cases"),
+    ],
+)
+def test_the_verdict_is_of_the_machine_alone(bench, times, threads, verdict):
+    results = []
+    for peer, number in zip(times, threads, strict=True):
+        result = made_result(bench, (1, 2, 3), {"mylayers": 1.0, "notebook": peer})
+        case = dataclasses.replace(result.case, threads=number)
+        results.append(dataclasses.replace(result, case=case))
+    line = bench.report.verdict(results, "Emerald Rapids (Golden Cove, AMX)")
+    assert line == (
+        f"On Emerald Rapids (Golden Cove, AMX), {verdict} below 0.97 of the best peer's speed"
+    )
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_results_folder_is_named_by_machine_and_time(bench, quick):
-    described = {"cpu": "Some(R) CPU @ 2.0GHz", "gpu": None, "cores": 2}
+    described = {"microarchitecture": "Some Cove (Core, AMX)", "gpu": None, "cores": 2}
     machine = described | {"date": "2026-01-02T03:04:05+00:00"}
-    expected = "some-r-cpu-2-0ghz-2-cores-2026-01-02-0304" + ("-quick" if quick else "")
+    expected = "some-cove-core-amx-2-cores-2026-01-02-0304" + ("-quick" if quick else "")
     assert bench.machine.folder_name(machine, quick) == expected
     on_gpu = bench.machine.folder_name(machine | {"gpu": "Big GPU"}, quick)
     assert on_gpu.startswith("big-gpu-2026")
