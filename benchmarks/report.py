@@ -1,12 +1,9 @@
-"""Results for people and for programs: tables, summaries, CSV, JSON and plots."""
+"""Results for people: tables, summaries and pictures."""
 
-import csv
-import dataclasses
 import itertools
-import json
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.cases import DTYPES, LINEAR, SUBJECT, SUITES, Suite
 from benchmarks.limits import Limits
+from benchmarks.machine import name as machine_name
 from benchmarks.measure import THRESHOLD, Result
 from benchmarks.timing import Spread
 
@@ -183,61 +181,32 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     return line
 
 
-def write(
+def draw(
     results: Sequence[Result],
     limits: LimitsByThreads,
     machine: Mapping[str, Any],
-    settings: Mapping[str, Any],
     out: Path,
 ) -> list[Path]:
-    """Write ``results.csv``, ``results.json``, ``ratios.png`` and ``roofline.png`` into a folder.
+    """Draw ``ratios.png`` and ``roofline.png`` into a folder.
 
     Args:
         results: what was measured.
         limits: of the machine; empty if they could not be measured. There is no roofline then,
             nor without large linear suites.
         machine: what it was measured on.
-        settings: how the harness was called.
         out: an existing folder.
 
     Returns:
         The files.
     """
-    rows = list(itertools.chain.from_iterable(map(_rows, results)))
-    groups = grouped(results)
-    table_path = out / "results.csv"
-    with table_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    document = {
-        "machine": machine,
-        "settings": settings,
-        "threshold": THRESHOLD,
-        "limits": [dataclasses.asdict(limit) for limit in limits.values()],
-        "summaries": [
-            dict(zip(("suite", "dtype", "device", "threads"), key, strict=True))
-            | summarise(SUITES[key[0]], group, limits)
-            for key, group in groups.items()
-        ],
-        "left_out": [
-            _case(result) | {"candidate": name, "reason": reason}
-            for result in results
-            for name, reason in result.left_out.items()
-        ],
-        "results": rows,
-    }
-    document_path = out / "results.json"
-    document_path.write_text(json.dumps(document, indent=1) + "\n")
-    files = [table_path, document_path]
     title = (
-        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['versions']['torch']}"
+        f"{machine_name(machine)}, {machine['cores']} cores, torch {machine['versions']['torch']}"
     )
     figures = {
-        "ratios.png": _ratios_figure(groups, title),
+        "ratios.png": _ratios_figure(grouped(results), title),
         "roofline.png": _roofline_figure(results, limits, title),
     }
+    files = []
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(out / name, dpi=110)
@@ -274,36 +243,6 @@ def _share_of_limit(result: Result, candidate: str) -> float | None:
 
 def _bytes(result: Result) -> int:
     return result.work.elements * DTYPES[result.case.dtype].itemsize
-
-
-def _case(result: Result) -> dict[str, Any]:
-    return dataclasses.asdict(result.case) | {"shape": str(result.case.shape)}
-
-
-def _rows(result: Result) -> Iterator[dict[str, Any]]:
-    """One row for each candidate; the subject's ratio to itself is 1."""
-    itself = Spread(1.0, 1.0, 1.0)
-    for name, seconds in result.seconds.items():
-        ratio = result.ratios.get(name, itself)
-        yield _case(result) | {
-            "size": result.size,
-            "operations": result.work.operations,
-            "bytes": _bytes(result),
-            "candidate": name,
-            "best_peer": name == result.best_peer,
-            "yardstick": name in result.yardsticks,
-            "rounds": 1 if name in result.timed_once else result.rounds,
-            "remeasured": result.remeasured,
-            "seconds": seconds.median,
-            "seconds_low": seconds.low,
-            "seconds_high": seconds.high,
-            "ratio": ratio.median,
-            "ratio_low": ratio.low,
-            "ratio_high": ratio.high,
-            "limit_seconds": result.limit and result.limit.seconds,
-            "limited_by": result.limit and result.limit.binding,
-            "share_of_limit": _share_of_limit(result, name),
-        }
 
 
 def _ratios_figure(groups: Mapping[Group, Sequence[Result]], title: str) -> Figure:
