@@ -7,6 +7,7 @@
 - ``timing``: candidates that take turns;
 - ``machine``: what it ran on;
 - ``record``: what a run has measured so far, written as it goes;
-- ``report``: tables and pictures;
+- ``report``: tables and summaries;
+- ``pictures``: what is read in ten seconds;
 - ``__main__``: the command line.
 """

@@ -1,6 +1,7 @@
 """The command line of the benchmarks: ``python -m benchmarks --help``."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import limits, machine, report
+from benchmarks import limits, machine, pictures, report
 from benchmarks.cases import DTYPES, FAMILIES, SUITES, names, suites
 from benchmarks.measure import GRAPHED, THRESHOLD, Case, VerificationError, measure
 from benchmarks.record import Record, RecordError, difference
@@ -149,15 +150,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = vars(parser.parse_args(argv))
     check, out, resumed = (given.pop(name, None) for name in ("check", "out", "resume"))
-    record = None
-    if resumed is not None:
+    with contextlib.ExitStack() as opened:
+        record = None
+        if resumed is not None:
+            try:
+                record = opened.enter_context(contextlib.closing(Record(resumed)))
+            except RecordError as error:
+                parser.error(f"--resume: {error}")
+        options = _options(given, record)
+        if record and (differs := difference(record.options, vars(options))):
+            parser.error(f"--resume: the options must be those of the run; {differs}")
+        cases = _checked_cases(options, parser)
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        here = machine.describe(options.device)
         try:
-            record = Record(resumed)
+            done = {result.case for result in record.results(cases)} if record else set()
         except RecordError as error:
             parser.error(f"--resume: {error}")
-    options = _options(given, record)
-    if record and (differs := difference(record.options, vars(options))):
-        parser.error(f"--resume: the options must be those of the run; {differs}")
+        missing = [case for case in cases if case not in done]
+        if record and missing and (differs := difference(record.machine, here)):
+            parser.error(f"--resume: the machine must be that of the run; {differs}")
+        if missing and here["load"] > here["cores"]:
+            console.print(
+                f"This machine is busy (load {here['load']:.1f}, {here['cores']} cores): where "
+                "threads wait for each other, times are those of the other processes.",
+                style="yellow",
+                soft_wrap=True,
+            )
+        if record is None:
+            out = out or RESULTS / machine.folder_name(here, options.quick)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                parser.error(f"--out: {error}")
+            if (out / "results.csv").exists():
+                parser.error(f"--out: {out} has results already; --resume goes on with a run")
+            record = Record.start(out, here, vars(options), _limits(options, console))
+            opened.enter_context(contextlib.closing(record))
+        return _run(cases, missing, bool(check), record, console)
+
+
+def _checked_cases(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
+    """What the options ask for, if there is any and this machine can measure it."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU on this machine")
     measured = set().union(*map(names, suites(options.device)))
@@ -166,36 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = _cases(options)
     if not cases:
         parser.error(f"--shape: no such shape in these suites: {' '.join(options.shape)}")
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    here = machine.describe(options.device)
-    try:
-        done = {result.case for result in record.results(cases)} if record else set()
-    except RecordError as error:
-        parser.error(f"--resume: {error}")
-    missing = [case for case in cases if case not in done]
-    if record and missing and (differs := difference(record.machine, here)):
-        parser.error(f"--resume: the machine must be that of the run; {differs}")
-    if missing and here["load"] > here["cores"]:
-        console.print(
-            f"This machine is busy (load {here['load']:.1f}, {here['cores']} cores): where threads "
-            "wait for each other, times are those of the other processes.",
-            style="yellow",
-            soft_wrap=True,
-        )
-    if record is None:
-        out = out or RESULTS / machine.folder_name(here, options.quick)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"--out: {error}")
-        if (out / "results.csv").exists():
-            parser.error(f"--out: {out} has results already; --resume goes on with a run")
-        record = Record.start(out, here, vars(options), _limits(options, console))
-    try:
-        return _run(cases, missing, bool(check), record, console)
-    finally:
-        record.close()
+    return cases
 
 
 def _run(
@@ -225,7 +230,7 @@ def _run(
 
     results = record.results(cases)
     # Before anything is printed: the pictures shall survive a closed pipe.
-    files = report.draw(results, record.limits, record.machine, record.folder)
+    files = pictures.draw(results, record.limits, record.machine, record.folder)
     for (name, *_), group in report.grouped(results).items():
         console.print(report.table(SUITES[name], group))
         summary = report.summarise(SUITES[name], group, record.limits)

@@ -55,16 +55,20 @@ class Record:
             self.machine: dict[str, Any] = document["machine"]
             self.options: dict[str, Any] = document["options"]
             self.limits = {made["threads"]: _limits(made) for made in document["limits"]}
-            self._file = (folder / "results.csv").open("a+", newline="")
         except OSError as error:
             raise RecordError(f"no run to go on with: {error}") from None
         except (ValueError, KeyError, TypeError):
             raise RecordError(f"{folder / 'run.json'} is not of this version") from None
+        self._file = (folder / "results.csv").open("a+", newline="")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._drop_what_is_unfinished()
+        except BlockingIOError:
+            self.close()
             raise RecordError(f"another process is at work in {folder}") from None
-        self._drop_what_is_unfinished()
+        except RecordError:
+            self.close()
+            raise
 
     @classmethod
     def start(

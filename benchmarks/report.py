@@ -1,20 +1,16 @@
-"""Results for people: tables, summaries and pictures."""
+"""Results for people: tables and summaries."""
 
 import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from benchmarks.cases import DTYPES, LINEAR, SUBJECT, SUITES, Suite
+from benchmarks.cases import DTYPES, LINEAR, SUBJECT, Suite
 from benchmarks.limits import Limits
-from benchmarks.machine import name as machine_name
 from benchmarks.measure import THRESHOLD, Result
 from benchmarks.timing import Spread
 
@@ -24,8 +20,6 @@ LimitsByThreads = Mapping[int, Limits]
 # The share of the peak is that of products large enough for the peak to be what limits them.
 PEAK_OPERATIONS = 16_000_000
 PEAK_ROWS = 64
-
-ROOFLINE_SUITES = {"linear-forward": "o", "linear-backward": "^"}  # and their marks
 
 
 def grouped(results: Sequence[Result]) -> dict[Group, list[Result]]:
@@ -181,39 +175,6 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     return line
 
 
-def draw(
-    results: Sequence[Result],
-    limits: LimitsByThreads,
-    machine: Mapping[str, Any],
-    out: Path,
-) -> list[Path]:
-    """Draw ``ratios.png`` and ``roofline.png`` into a folder.
-
-    Args:
-        results: what was measured.
-        limits: of the machine; empty if they could not be measured. There is no roofline then,
-            nor without large linear suites.
-        machine: what it was measured on.
-        out: an existing folder.
-
-    Returns:
-        The files.
-    """
-    title = (
-        f"{machine_name(machine)}, {machine['cores']} cores, torch {machine['versions']['torch']}"
-    )
-    figures = {
-        "ratios.png": _ratios_figure(grouped(results), title),
-        "roofline.png": _roofline_figure(results, limits, title),
-    }
-    files = []
-    for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(out / name, dpi=110)
-            files.append(out / name)
-    return files
-
-
 def _microseconds(seconds: float) -> str:
     value = 1e6 * seconds
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
@@ -239,124 +200,3 @@ def _share_of_limit(result: Result, candidate: str) -> float | None:
     if result.limit is None:
         return None
     return result.limit.seconds / result.seconds[candidate].median
-
-
-def _bytes(result: Result) -> int:
-    return result.work.elements * DTYPES[result.case.dtype].itemsize
-
-
-def _ratios_figure(groups: Mapping[Group, Sequence[Result]], title: str) -> Figure:
-    """Ratio against size: a row for each suite, a column for each dtype and number of threads.
-
-    A single dtype and number of threads has its suites side by side instead.
-    """
-    settings = len({key[1:] for key in groups})
-    by_suite = sorted(groups, key=lambda key: list(SUITES).index(key[0]))
-    columns = settings if settings > 1 else min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.6, 2.7 * rows + 0.6), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    explained: set[str] = set()
-    for panel, key in zip(panels, by_suite, strict=False):
-        _ratio_panel(panel, key, sorted(groups[key], key=lambda result: result.size))
-        if SUITES[key[0]].baseline not in explained:
-            explained.add(SUITES[key[0]].baseline)
-            panel.legend(fontsize="small")
-    return figure
-
-
-def _ratio_panel(panel: Axes, key: Group, results: Sequence[Result]) -> None:
-    name, dtype, device, threads = key
-    for color, peer in (("C0", SUITES[name].baseline), ("C2", "compile")):
-        timed = [result for result in results if peer in result.ratios]
-        ratios = [result.ratios[peer].median for result in timed]
-        # Rings, since one of them is often the best peer.
-        settings = {"color": color, "label": peer, "markersize": 6, "fillstyle": "none"}
-        panel.plot([result.size for result in timed], ratios, "o", **settings)
-    best = [result.best_ratio for result in results]
-    spans = [(r.median - r.low, r.high - r.median) for r in best]
-    panel.errorbar(
-        [result.size for result in results],
-        [ratio.median for ratio in best],
-        list(zip(*spans, strict=True)),
-        fmt="o",
-        color="C3",
-        markersize=4,
-        capsize=2,
-        label="best peer",
-    )
-    panel.axhline(1, color="black", linewidth=0.8)
-    panel.set_xscale("log")
-    panel.set_yscale("log", base=2)
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.set_title(f"{name}\n{dtype}, {device}, threads: {threads}", fontsize="small")
-    panel.set_xlabel(SUITES[name].layer.size_unit, fontsize="small")
-    panel.set_ylabel("times faster than", fontsize="small")
-    panel.tick_params(labelsize="small")
-    panel.grid(alpha=0.3)
-
-
-def _roofline_figure(
-    results: Sequence[Result], limits: LimitsByThreads, title: str
-) -> Figure | None:
-    """Rate against operations a byte: a panel for each dtype, device and number of threads."""
-    groups: dict[tuple[str, str, int], list[Result]] = {}
-    for result in results:
-        case = result.case
-        if case.suite in ROOFLINE_SUITES and result.limit is not None:
-            groups.setdefault((case.dtype, case.device, case.threads), []).append(result)
-    if not groups:
-        return None
-    columns = min(4, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(4.5 * columns + 0.6, 3.6 * rows + 0.6), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    for panel, ((dtype, device, threads), group) in zip(panels, groups.items(), strict=False):
-        panel.set_title(f"{dtype}, {device}, threads: {threads}", fontsize="small")
-        _roofline_panel(panel, group, limits[threads], dtype)
-    panels[0].legend(fontsize="x-small")
-    return figure
-
-
-def _roofline_panel(panel: Axes, results: Sequence[Result], limits: Limits, dtype: str) -> None:
-    def intensity(result: Result) -> float:
-        return result.work.operations / _bytes(result)
-
-    def rates(group: Sequence[Result], names: Sequence[str]) -> list[float]:
-        return [
-            result.work.operations / result.seconds[name].median / 1e9
-            for result, name in zip(group, names, strict=True)
-        ]
-
-    peak = limits.peak[dtype] / 1e9
-    most = max(map(intensity, results))
-    least = min(map(intensity, results))
-    for label, bandwidth, style in (
-        ("copy in cache", max(limits.copy.values()) / 1e9, "--"),
-        ("copy in memory", limits.copy[max(limits.copy)] / 1e9, ":"),
-    ):
-        ends = [least, max(most, peak / bandwidth)]
-        knee = peak / bandwidth
-        points = sorted({ends[0], min(max(knee, ends[0]), ends[1]), ends[1]})
-        roof = [min(peak, bandwidth * point) for point in points]
-        panel.plot(points, roof, style, color="black", linewidth=1, label=f"peak, {label}")
-    for suite, mark in ROOFLINE_SUITES.items():
-        group = [result for result in results if result.case.suite == suite]
-        places = [intensity(result) for result in group]
-        peers, own = [result.best_peer for result in group], [SUBJECT] * len(group)
-        settings = {"marker": mark, "linestyle": "", "markersize": 4}
-        peer_label, own_label = f"{suite}, best peer", f"{suite}, {SUBJECT}"
-        panel.plot(places, rates(group, peers), color="C0", alpha=0.6, label=peer_label, **settings)
-        panel.plot(places, rates(group, own), color="C3", label=own_label, **settings)
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlabel("operations a byte that must move", fontsize="small")
-    panel.set_ylabel("GFLOP/s", fontsize="small")
-    panel.tick_params(labelsize="small")
-    panel.grid(alpha=0.3)
