@@ -81,7 +81,7 @@ def speedups(results: Sequence[Result], where: str) -> Figure:
     """
     figure, axes = _figure()
     threads = _and(f"{each}" for each in sorted({result.case.threads for result in results}))
-    axes.set_title(f"Speed-up over the best peer: {where}, threads: {threads}", loc="left")
+    axes.set_title(f"Speed-up over the best peer\n{where}, threads: {threads}", loc="left")
     for dtype, (color, mark) in MARKS.items():
         group = [result for result in results if result.case.dtype == dtype]
         if group:
@@ -134,7 +134,7 @@ def roofline(results: Sequence[Result], limits: Mapping[int, Limits], where: str
         return None
     known = limits[threads]
     figure, axes = _figure()
-    axes.set_title(f"Products under their roofs: {where}, threads: {threads}", loc="left")
+    axes.set_title(f"Products under their roofs\n{where}, threads: {threads}", loc="left")
     places = [_intensity(result) for result in shown]
     left, right = min(places) / 1.5, max(places) * 1.5
     rates: list[float] = []
@@ -229,7 +229,8 @@ def _name(axes: Axes, point: tuple[float, float], text: str) -> None:
     scale = axes.yaxis.get_transform()
     bottom, top = scale.transform([low, high])
     axes.set_ylim(scale.inverted().transform(bottom - 0.14 * (top - bottom)), high)
-    axes.text(0.015, 0.04, f"\N{WHITE CIRCLE} {text}", transform=axes.transAxes)
+    text = f"\N{WHITE CIRCLE} {text}"
+    axes.text(0.01, 0.04, text, transform=axes.transAxes, fontsize="small")
 
 
 def _and(words: Iterable[str]) -> str:
@@ -239,7 +240,8 @@ def _and(words: Iterable[str]) -> str:
 
 def _case(result: Result) -> str:
     case = result.case
-    return f"{case.suite} {case.shape}, {case.dtype}, threads: {case.threads}"
+    device = "" if case.device == "cpu" else f"{case.device}, "
+    return f"{case.suite} {case.shape}, {case.dtype}, {device}threads: {case.threads}"
 
 
 def _operations(result: Result) -> int:
