@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -56,8 +57,6 @@ def draw(
     Returns:
         The files.
     """
-    import matplotlib as mpl
-
     where = f"{machine_name(machine)}, torch {machine['versions']['torch']}"
     files = []
     with mpl.rc_context(STYLE):

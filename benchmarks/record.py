@@ -57,7 +57,7 @@ class Record:
             self.limits = {made["threads"]: _limits(made) for made in document["limits"]}
         except OSError as error:
             raise RecordError(f"no run to go on with: {error}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise RecordError(f"{folder / 'run.json'} is not of this version") from None
         self._file = (folder / "results.csv").open("a+", newline="")
         try:
