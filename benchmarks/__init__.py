@@ -6,6 +6,8 @@
 - ``measure``: one case, verified against ``mylayers.reference``, then timed;
 - ``timing``: candidates that take turns;
 - ``machine``: what it ran on;
-- ``report``: tables, CSV, JSON and plots;
+- ``record``: what a run has measured so far, written as it goes;
+- ``report``: tables and summaries;
+- ``pictures``: what is read in ten seconds;
 - ``__main__``: the command line.
 """

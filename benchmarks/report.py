@@ -1,21 +1,15 @@
-"""Results for people and for programs: tables, summaries, CSV, JSON and plots."""
+"""Results for people: tables and summaries."""
 
-import csv
-import dataclasses
 import itertools
-import json
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from benchmarks.cases import DTYPES, LINEAR, SUBJECT, SUITES, Suite
+from benchmarks.cases import DTYPES, LINEAR, SUBJECT, Suite
 from benchmarks.limits import Limits
 from benchmarks.measure import THRESHOLD, Result
 from benchmarks.timing import Spread
@@ -26,8 +20,6 @@ LimitsByThreads = Mapping[int, Limits]
 # The share of the peak is that of products large enough for the peak to be what limits them.
 PEAK_OPERATIONS = 16_000_000
 PEAK_ROWS = 64
-
-ROOFLINE_SUITES = {"linear-forward": "o", "linear-backward": "^"}  # and their marks
 
 
 def grouped(results: Sequence[Result]) -> dict[Group, list[Result]]:
@@ -69,6 +61,29 @@ def slow(results: Sequence[Result]) -> list[Result]:
     """The entries below ``THRESHOLD`` of the best peer's speed, the slowest first."""
     below = [result for result in results if result.best_ratio.median < THRESHOLD]
     return sorted(below, key=lambda result: result.best_ratio.median)
+
+
+def verdict(results: Sequence[Result], machine_name: str) -> str:
+    """What ``--check`` found, in one line that claims nothing of any other machine.
+
+    Args:
+        results: all that was measured.
+        machine_name: what it was measured on.
+    """
+    cases = [result.case for result in results]
+    threads = [str(each) for each in sorted({case.threads for case in cases})]
+    dtypes = [dtype for dtype in DTYPES if any(case.dtype == dtype for case in cases)]
+    noun = "thread" if threads == ["1"] else "threads"
+    found = len(slow(results)) or "none"
+    return (
+        f"On {machine_name}, {_and(threads)} {noun}, {_and(dtypes)}: {found} of {len(cases)} cases "
+        f"below {THRESHOLD} of the best peer's speed"
+    )
+
+
+def _and(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def slow_table(results: Sequence[Result]) -> Table:
@@ -160,68 +175,6 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     return line
 
 
-def write(
-    results: Sequence[Result],
-    limits: LimitsByThreads,
-    machine: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    out: Path,
-) -> list[Path]:
-    """Write ``results.csv``, ``results.json``, ``ratios.png`` and ``roofline.png`` into a folder.
-
-    Args:
-        results: what was measured.
-        limits: of the machine; empty if they could not be measured. There is no roofline then,
-            nor without large linear suites.
-        machine: what it was measured on.
-        settings: how the harness was called.
-        out: an existing folder.
-
-    Returns:
-        The files.
-    """
-    rows = list(itertools.chain.from_iterable(map(_rows, results)))
-    groups = grouped(results)
-    table_path = out / "results.csv"
-    with table_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    document = {
-        "machine": machine,
-        "settings": settings,
-        "threshold": THRESHOLD,
-        "limits": [dataclasses.asdict(limit) for limit in limits.values()],
-        "summaries": [
-            dict(zip(("suite", "dtype", "device", "threads"), key, strict=True))
-            | summarise(SUITES[key[0]], group, limits)
-            for key, group in groups.items()
-        ],
-        "left_out": [
-            _case(result) | {"candidate": name, "reason": reason}
-            for result in results
-            for name, reason in result.left_out.items()
-        ],
-        "results": rows,
-    }
-    document_path = out / "results.json"
-    document_path.write_text(json.dumps(document, indent=1) + "\n")
-    files = [table_path, document_path]
-    title = (
-        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['versions']['torch']}"
-    )
-    figures = {
-        "ratios.png": _ratios_figure(groups, title),
-        "roofline.png": _roofline_figure(results, limits, title),
-    }
-    for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(out / name, dpi=110)
-            files.append(out / name)
-    return files
-
-
 def _microseconds(seconds: float) -> str:
     value = 1e6 * seconds
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
@@ -247,154 +200,3 @@ def _share_of_limit(result: Result, candidate: str) -> float | None:
     if result.limit is None:
         return None
     return result.limit.seconds / result.seconds[candidate].median
-
-
-def _bytes(result: Result) -> int:
-    return result.work.elements * DTYPES[result.case.dtype].itemsize
-
-
-def _case(result: Result) -> dict[str, Any]:
-    return dataclasses.asdict(result.case) | {"shape": str(result.case.shape)}
-
-
-def _rows(result: Result) -> Iterator[dict[str, Any]]:
-    """One row for each candidate; the subject's ratio to itself is 1."""
-    itself = Spread(1.0, 1.0, 1.0)
-    for name, seconds in result.seconds.items():
-        ratio = result.ratios.get(name, itself)
-        yield _case(result) | {
-            "size": result.size,
-            "operations": result.work.operations,
-            "bytes": _bytes(result),
-            "candidate": name,
-            "best_peer": name == result.best_peer,
-            "yardstick": name in result.yardsticks,
-            "rounds": 1 if name in result.timed_once else result.rounds,
-            "remeasured": result.remeasured,
-            "seconds": seconds.median,
-            "seconds_low": seconds.low,
-            "seconds_high": seconds.high,
-            "ratio": ratio.median,
-            "ratio_low": ratio.low,
-            "ratio_high": ratio.high,
-            "limit_seconds": result.limit and result.limit.seconds,
-            "limited_by": result.limit and result.limit.binding,
-            "share_of_limit": _share_of_limit(result, name),
-        }
-
-
-def _ratios_figure(groups: Mapping[Group, Sequence[Result]], title: str) -> Figure:
-    """Ratio against size: a row for each suite, a column for each dtype and number of threads.
-
-    A single dtype and number of threads has its suites side by side instead.
-    """
-    settings = len({key[1:] for key in groups})
-    by_suite = sorted(groups, key=lambda key: list(SUITES).index(key[0]))
-    columns = settings if settings > 1 else min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.6, 2.7 * rows + 0.6), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    explained: set[str] = set()
-    for panel, key in zip(panels, by_suite, strict=False):
-        _ratio_panel(panel, key, sorted(groups[key], key=lambda result: result.size))
-        if SUITES[key[0]].baseline not in explained:
-            explained.add(SUITES[key[0]].baseline)
-            panel.legend(fontsize="small")
-    return figure
-
-
-def _ratio_panel(panel: Axes, key: Group, results: Sequence[Result]) -> None:
-    name, dtype, device, threads = key
-    for color, peer in (("C0", SUITES[name].baseline), ("C2", "compile")):
-        timed = [result for result in results if peer in result.ratios]
-        ratios = [result.ratios[peer].median for result in timed]
-        # Rings, since one of them is often the best peer.
-        settings = {"color": color, "label": peer, "markersize": 6, "fillstyle": "none"}
-        panel.plot([result.size for result in timed], ratios, "o", **settings)
-    best = [result.best_ratio for result in results]
-    spans = [(r.median - r.low, r.high - r.median) for r in best]
-    panel.errorbar(
-        [result.size for result in results],
-        [ratio.median for ratio in best],
-        list(zip(*spans, strict=True)),
-        fmt="o",
-        color="C3",
-        markersize=4,
-        capsize=2,
-        label="best peer",
-    )
-    panel.axhline(1, color="black", linewidth=0.8)
-    panel.set_xscale("log")
-    panel.set_yscale("log", base=2)
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.set_title(f"{name}\n{dtype}, {device}, threads: {threads}", fontsize="small")
-    panel.set_xlabel(SUITES[name].layer.size_unit, fontsize="small")
-    panel.set_ylabel("times faster than", fontsize="small")
-    panel.tick_params(labelsize="small")
-    panel.grid(alpha=0.3)
-
-
-def _roofline_figure(
-    results: Sequence[Result], limits: LimitsByThreads, title: str
-) -> Figure | None:
-    """Rate against operations a byte: a panel for each dtype, device and number of threads."""
-    groups: dict[tuple[str, str, int], list[Result]] = {}
-    for result in results:
-        case = result.case
-        if case.suite in ROOFLINE_SUITES and result.limit is not None:
-            groups.setdefault((case.dtype, case.device, case.threads), []).append(result)
-    if not groups:
-        return None
-    columns = min(4, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(4.5 * columns + 0.6, 3.6 * rows + 0.6), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    for panel, ((dtype, device, threads), group) in zip(panels, groups.items(), strict=False):
-        panel.set_title(f"{dtype}, {device}, threads: {threads}", fontsize="small")
-        _roofline_panel(panel, group, limits[threads], dtype)
-    panels[0].legend(fontsize="x-small")
-    return figure
-
-
-def _roofline_panel(panel: Axes, results: Sequence[Result], limits: Limits, dtype: str) -> None:
-    def intensity(result: Result) -> float:
-        return result.work.operations / _bytes(result)
-
-    def rates(group: Sequence[Result], names: Sequence[str]) -> list[float]:
-        return [
-            result.work.operations / result.seconds[name].median / 1e9
-            for result, name in zip(group, names, strict=True)
-        ]
-
-    peak = limits.peak[dtype] / 1e9
-    most = max(map(intensity, results))
-    least = min(map(intensity, results))
-    for label, bandwidth, style in (
-        ("copy in cache", max(limits.copy.values()) / 1e9, "--"),
-        ("copy in memory", limits.copy[max(limits.copy)] / 1e9, ":"),
-    ):
-        ends = [least, max(most, peak / bandwidth)]
-        knee = peak / bandwidth
-        points = sorted({ends[0], min(max(knee, ends[0]), ends[1]), ends[1]})
-        roof = [min(peak, bandwidth * point) for point in points]
-        panel.plot(points, roof, style, color="black", linewidth=1, label=f"peak, {label}")
-    for suite, mark in ROOFLINE_SUITES.items():
-        group = [result for result in results if result.case.suite == suite]
-        places = [intensity(result) for result in group]
-        peers, own = [result.best_peer for result in group], [SUBJECT] * len(group)
-        settings = {"marker": mark, "linestyle": "", "markersize": 4}
-        peer_label, own_label = f"{suite}, best peer", f"{suite}, {SUBJECT}"
-        panel.plot(places, rates(group, peers), color="C0", alpha=0.6, label=peer_label, **settings)
-        panel.plot(places, rates(group, own), color="C3", label=own_label, **settings)
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlabel("operations a byte that must move", fontsize="small")
-    panel.set_ylabel("GFLOP/s", fontsize="small")
-    panel.tick_params(labelsize="small")
-    panel.grid(alpha=0.3)

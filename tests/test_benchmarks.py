@@ -1,6 +1,7 @@
 """The benchmark harness: that what it reports was verified, paired and written down rightly."""
 
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import struct
 import subprocess
 import sys
@@ -774,16 +776,29 @@ def test_the_table_fits_its_width_with_every_peer_and_the_largest_figures(
     assert "…" not in row
 
 
+def rows_of(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
 @pytest.mark.usefixtures("tiny_suites")
-def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
+def test_a_run_writes_what_it_is_and_a_row_for_each_candidate(bench, tmp_path, capsys, monkeypatch):
+    def without_calls(threads):
+        nothing = {"calls": {"+ allocation": 1e-15}, "nodes": {1: 1e-15}}
+        return dataclasses.replace(made_limits(bench, threads), **nothing)
+
+    monkeypatch.setattr(bench.limits, "measure", without_calls)
     out = tmp_path / "new" / "folder"
     suites, dtypes, threads = SUITES[::3], ("float32", "bfloat16"), (1, 2)
     arguments = ["--quick", "--only", *suites, "--dtype", *dtypes, "--out", str(out)]
     arguments += ["--threads", *map(str, threads)]
     assert bench.main.main(arguments) == 0
 
-    with (out / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out)
     measured = {(row["suite"], row["dtype"], int(row["threads"])) for row in rows}
     assert measured == {(s, d, t) for s in suites for d in dtypes for t in threads}
     for row in rows:
@@ -793,8 +808,8 @@ def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
         assert row["candidate"] in suite.candidates
         assert row["yardstick"] == str(row["candidate"] in YARDSTICKS)
         limit, share = float(row["limit_seconds"]), float(row["share_of_limit"])
-        assert share == pytest.approx(limit / float(row["seconds"]))
-        assert row["limited_by"] == "call"
+        assert share == pytest.approx(limit / float(row["seconds"]), rel=1e-3)
+        assert row["limited_by"] in ("compute", "memory")
         assert 0 < float(row["seconds_low"]) <= float(row["seconds"]) <= float(row["seconds_high"])
         assert 0 < float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
     # Of each case's candidates one is the subject, and one of the others the best peer.
@@ -802,18 +817,23 @@ def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
     assert sum(row["candidate"] == "mylayers" for row in rows) == cases
     assert sum(row["best_peer"] == "True" for row in rows) == cases
 
-    document = json.loads((out / "results.json").read_text())
-    assert [{key: str(value) for key, value in row.items()} for row in document["results"]] == rows
-    assert len(document["summaries"]) == cases
-    assert document["machine"]["cpu"]
-    assert document["machine"]["cores"] >= 1
-    assert document["machine"]["versions"]["torch"] == torch.__version__
-    assert document["machine"]["versions"]["mylayers"] == mylayers.__version__
-    assert document["settings"] == {"quick": True, "suites": list(suites), "shapes": None}
+    document = run_of(out)
+    here = bench.machine.describe("cpu")
+    assert bench.record.difference(document["machine"], here) is None
+    assert document["options"] == {
+        "quick": True,
+        "device": "cpu",
+        "threads": list(threads),
+        "dtype": list(dtypes),
+        "only": list(suites),
+        "shape": None,
+    }
     assert [limits["threads"] for limits in document["limits"]] == list(threads)
-    assert document["left_out"] == []
+    assert len((out / "run.json").read_text().splitlines()) < 60
+    expected = {"run.json", "results.csv", "speedups.png", "roofline.png"}
+    assert {file.name for file in out.iterdir()} == expected
 
-    for name in ("ratios.png", "roofline.png"):
+    for name in ("speedups.png", "roofline.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
     shown = capsys.readouterr().out
@@ -825,18 +845,15 @@ def test_a_run_writes_csv_json_and_plot_that_agree(bench, tmp_path, capsys):
 @pytest.mark.usefixtures("tiny_suites")
 def test_only_the_suites_asked_for_run(bench, tmp_path):
     assert bench.main.main(["--only", "center-forward", "--out", str(tmp_path)]) == 0
-    with (tmp_path / "results.csv").open(newline="") as file:
-        assert {row["suite"] for row in csv.DictReader(file)} == {"center-forward"}
+    assert {row["suite"] for row in rows_of(tmp_path)} == {"center-forward"}
 
 
 @pytest.mark.usefixtures("tiny_suites")
-def test_a_family_of_suites_runs_and_has_its_baseline_in_the_plot(bench, tmp_path, capsys):
+def test_a_family_of_suites_runs_and_has_its_baseline_in_the_summaries(bench, tmp_path, capsys):
     assert bench.main.main(["--only", "networks", "--out", str(tmp_path)]) == 0
-    document = json.loads((tmp_path / "results.json").read_text())
     names = [name for name in SUITES if name.startswith("networks-")]
-    assert document["settings"]["suites"] == names
-    assert {summary["baseline"] for summary in document["summaries"]} == {"stock"}
-    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert list(dict.fromkeys(row["suite"] for row in rows_of(tmp_path))) == names
+    assert (tmp_path / "speedups.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count(", stock ") == len(names)
 
 
@@ -856,8 +873,7 @@ def test_a_shape_has_a_short_label(bench, sizes, options, label):
 @pytest.mark.usefixtures("tiny_suites")
 def test_only_the_shapes_asked_for_run(bench, tmp_path):
     assert bench.main.main(["--shape", "3x5x4", "7x3", "--out", str(tmp_path)]) == 0
-    with (tmp_path / "results.csv").open(newline="") as file:
-        assert {row["shape"] for row in csv.DictReader(file)} == {"3x5x4", "7x3 dim=0"}
+    assert {row["shape"] for row in rows_of(tmp_path)} == {"3x5x4", "7x3 dim=0"}
 
 
 @pytest.mark.usefixtures("tiny_suites")
@@ -869,14 +885,10 @@ def test_a_run_without_limits_says_why_and_has_no_roofline(bench, tmp_path, caps
     arguments = ["--only", "linear-forward", "--threads", "1", "--out", str(tmp_path)]
     assert bench.main.main(arguments) == 0
     assert "No limits: no compiler [for 1]" in capsys.readouterr().out
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "results.csv",
-        "results.json",
-        "ratios.png",
-    }
-    document = json.loads((tmp_path / "results.json").read_text())
-    assert document["limits"] == []
-    assert {row["share_of_limit"] for row in document["results"]} == {None}
+    expected = {"run.json", "results.csv", "speedups.png"}
+    assert {file.name for file in tmp_path.iterdir()} == expected
+    assert run_of(tmp_path)["limits"] == []
+    assert {row["share_of_limit"] for row in rows_of(tmp_path)} == {""}
 
 
 @pytest.mark.usefixtures("tiny_suites")
@@ -892,13 +904,16 @@ def test_check_fails_a_run_in_which_a_peer_is_faster(
     monkeypatch.setitem(bench.cases.SUITES, "center-forward", dawdling)
     arguments = ["--only", "center-forward", "--out", str(tmp_path), *check]
     assert bench.main.main(arguments) == status
-    assert ("Below 0.97x" in capsys.readouterr().out) == bool(check)
-    document = json.loads((tmp_path / "results.json").read_text())
-    assert {row["remeasured"] for row in document["results"]} == {True}
+    shown = capsys.readouterr().out
+    assert ("Below 0.97x" in shown) == bool(check)
+    here = bench.machine.name(bench.machine.describe("cpu"))
+    verdict = r", \d+ threads?, float32: 1 of 1 cases below 0.97 of the best peer's speed"
+    assert bool(re.search(f"On {re.escape(here)}{verdict}", shown)) == bool(check)
+    assert {row["remeasured"] for row in rows_of(tmp_path)} == {"True"}
 
 
 @pytest.mark.usefixtures("tiny_suites")
-def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, monkeypatch):
+def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, capsys, monkeypatch):
     def dawdle(x):
         time.sleep(0.001)
         return x - x.mean()
@@ -907,17 +922,244 @@ def test_check_passes_a_run_in_which_no_peer_is_faster(bench, tmp_path, monkeypa
     monkeypatch.setitem(bench.cases.SUITES, "center-forward", dawdling)
     arguments = ["--only", "center-forward", "--out", str(tmp_path), "--check"]
     assert bench.main.main(arguments) == 0
+    assert ": none of 1 cases below 0.97 of the best peer's speed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny_suites")
-def test_a_run_with_a_wrong_candidate_fails_and_writes_nothing(
+def test_a_run_with_a_wrong_candidate_fails_and_writes_nothing_of_that_case(
     bench, tmp_path, capsys, monkeypatch
 ):
     wrong = with_candidate(bench, "center-forward", lambda x: x * 1)
     monkeypatch.setitem(bench.cases.SUITES, "center-forward", wrong)
-    assert bench.main.main(["--only", "center-forward", "--out", str(tmp_path)]) == 1
+    arguments = ["--only", "linear-forward", "center-forward", "--out", str(tmp_path)]
+    assert bench.main.main(arguments) == 1
     assert "Wrong: suspect in center-forward" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    assert {row["suite"] for row in rows_of(tmp_path)} == {"linear-forward"}
+    assert {file.name for file in tmp_path.iterdir()} == {"run.json", "results.csv"}
+
+
+# What tiny_suites does, in a process of its own; each case takes so long that it can be killed.
+SLOW_RUN = """
+import dataclasses, sys, time
+from benchmarks import __main__ as main, cases, limits, measure
+
+def unavailable(threads):
+    raise limits.UnavailableError("none are asked for")
+
+def slowly(*arguments):
+    time.sleep(0.5)
+    return measured(*arguments)
+
+measured, main.measure = measure.measure, slowly
+main.SECONDS, limits.measure = 0.0, unavailable
+suite = cases.SUITES["center-forward"]
+two = {name: suite.candidates[name] for name in ("mylayers", "notebook")}
+shapes = tuple(cases.Shape((size,)) for size in range(2, 12))
+cases.SUITES["center-forward"] = dataclasses.replace(suite, candidates=two, shapes=shapes)
+sys.exit(main.main())
+"""
+
+
+def complete_cases(folder):
+    file = folder / "results.csv"
+    text = file.read_text() if file.exists() else ""
+    return text.count(",mylayers,") if (folder / "run.json").exists() else 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_killed_keeps_its_cases_and_goes_on(bench, tmp_path, monkeypatch, sent):
+    arguments = ["--only", "center-forward", "--threads", "1"]
+    path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN, *arguments, "--out", tmp_path],
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "500"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with running:
+        try:
+            deadline = time.monotonic() + 120
+            while complete_cases(tmp_path) < 2 and running.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            running.send_signal(sent)
+            shown = running.communicate(timeout=60)[0]
+        finally:
+            running.kill()
+    kept = complete_cases(tmp_path)
+    assert 2 <= kept < 10, shown
+    assert {file.name for file in tmp_path.iterdir()} == {"run.json", "results.csv"}
+    if sent == signal.SIGKILL:
+        assert running.returncode == -signal.SIGKILL
+    else:
+        assert running.returncode == bench.main.INTERRUPTED
+        hint = f"Interrupted: {kept} of 10 cases are kept; --resume {tmp_path} goes on."
+        assert hint in shown
+
+    before = (tmp_path / "results.csv").read_bytes()
+    suite = eager_suite(bench, "center-forward")
+    two = {name: suite.candidates[name] for name in ("mylayers", "notebook")}
+    shapes = tuple(bench.cases.Shape((size,)) for size in range(2, 12))
+    tiny = dataclasses.replace(suite, candidates=two, shapes=shapes)
+    monkeypatch.setitem(bench.cases.SUITES, "center-forward", tiny)
+    monkeypatch.setattr(bench.main, "SECONDS", 0.0)
+    assert bench.main.main(["--resume", str(tmp_path)]) == 0
+    after = (tmp_path / "results.csv").read_bytes()
+    assert after.startswith(before)
+    assert [row["shape"] for row in rows_of(tmp_path)][::2] == list(map(str, range(2, 12)))
+    assert complete_cases(tmp_path) == 10
+    assert (tmp_path / "speedups.png").exists()
+
+
+TWO_SUITES = ["--only", "linear-forward", "center-forward", "--threads", "1"]
+
+
+@pytest.fixture
+def finished(bench, tiny_suites, tmp_path):  # noqa: ARG001
+    """The folder of a run of two cases, with all that it has."""
+    assert bench.main.main([*TWO_SUITES, "--out", str(tmp_path)]) == 0
+    return tmp_path
+
+
+def forbid_measuring(bench, monkeypatch):
+    monkeypatch.setattr(bench.main, "measure", lambda *_: pytest.fail("it was measured"))
+
+
+@pytest.mark.parametrize("lost", [1, 2, 30, 200])
+def test_a_case_that_was_torn_off_is_measured_again(bench, finished, lost, capsys):
+    file = finished / "results.csv"
+    whole, rows = file.read_bytes(), rows_of(finished)
+    first = whole.index(b"center-forward")
+    file.write_bytes(whole[:-lost])
+    assert whole[:-lost].startswith(whole[:first])
+    assert bench.main.main(["--resume", str(finished)]) == 0
+    assert file.read_bytes().startswith(whole[:first])
+    names = [(row["suite"], row["candidate"]) for row in rows]
+    assert [(row["suite"], row["candidate"]) for row in rows_of(finished)] == names
+    assert capsys.readouterr().out.count("Geometric mean:") == 2
+
+
+@pytest.mark.parametrize("left", [0, 10])
+def test_a_run_that_was_killed_before_its_first_case_goes_on(bench, finished, left):
+    file = finished / "results.csv"
+    file.write_bytes(file.read_bytes()[:left])
+    assert bench.main.main(["--resume", str(finished)]) == 0
+    assert {row["suite"] for row in rows_of(finished)} == {"linear-forward", "center-forward"}
+
+
+def test_a_complete_run_is_only_shown_again_on_any_machine(bench, finished, capsys, monkeypatch):
+    before = (finished / "results.csv").read_bytes()
+    assert bench.main.main(["--resume", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    picture = (finished / "speedups.png").read_bytes()
+    (finished / "speedups.png").unlink()
+    document = run_of(finished)
+    elsewhere = document["machine"] | {"microarchitecture": "Other Cove"}
+    (finished / "run.json").write_text(json.dumps(document | {"machine": elsewhere}))
+    forbid_measuring(bench, monkeypatch)
+    assert bench.main.main(["--resume", str(finished), *TWO_SUITES, "--check"]) in (0, 1)
+    assert (finished / "results.csv").read_bytes() == before
+    assert (finished / "speedups.png").read_bytes()[:8] == picture[:8]
+    again = capsys.readouterr().out
+    tables = slice(shown.index("linear_act"), shown.index("Limits of this machine"))
+    assert shown[tables] in again
+    assert "On Other Cove, 1 thread, float32: " in again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vendor": "Else"}, "vendor was Else, now is "),
+        ({"commit": "0123abc"}, "commit was 0123abc, now is "),
+        ({"versions": {"torch": "1.0"}}, "versions: "),
+        ({"cores": 999}, "cores was 999, now is "),
+    ],
+)
+def test_another_machine_does_not_go_on(bench, finished, capsys, monkeypatch, change, message):
+    file = finished / "results.csv"
+    file.write_bytes(file.read_bytes()[:-1])
+    document = run_of(finished)
+    document["machine"] |= change
+    (finished / "run.json").write_text(json.dumps(document))
+    forbid_measuring(bench, monkeypatch)
+    with pytest.raises(SystemExit):
+        bench.main.main(["--resume", str(finished)])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--resume: the machine must be that of the run; {message}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick"], "quick was False, now is True"),
+        (["--threads", "2"], "threads was 1, now is 2"),
+        (["--dtype", "float64", "float32"], "dtype was float32, now is float64 float32"),
+        (["--only", "center"], "only was linear-forward center-forward, now is center"),
+        (["--shape", "7"], "shape was None, now is 7"),
+    ],
+)
+def test_other_options_do_not_go_on(bench, finished, capsys, monkeypatch, arguments, message):
+    forbid_measuring(bench, monkeypatch)
+    with pytest.raises(SystemExit):
+        bench.main.main(["--resume", str(finished), *arguments])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"--resume: the options must be those of the run; {message}")
+
+
+def test_what_is_no_run_or_somebody_elses_is_refused(bench, finished, tmp_path_factory, capsys):
+    def refused(*arguments):
+        with pytest.raises(SystemExit):
+            bench.main.main(list(map(str, arguments)))
+        return capsys.readouterr().err.splitlines()[-1]
+
+    empty = tmp_path_factory.mktemp("empty")
+    assert "--resume: no run to go on with: " in refused("--resume", empty)
+    assert "has results already; --resume goes on" in refused("--out", finished)
+    assert "not allowed with argument" in refused("--out", finished, "--resume", finished)
+    with contextlib.closing(bench.record.Record(finished)):
+        assert "another process is at work in" in refused("--resume", finished)
+    document, rows = run_of(finished), (finished / "results.csv").read_text()
+    (finished / "run.json").write_text(json.dumps(document | {"limits": [{"threads": 1}]}))
+    assert "run.json is not of this version" in refused("--resume", finished)
+    (finished / "run.json").write_text(json.dumps(document))
+    (finished / "results.csv").write_text(rows.replace("center-forward,7,", "center-forward,8,"))
+    assert "has a case that is none of this run" in refused("--resume", finished)
+    (finished / "results.csv").write_text(rows.replace("size", "length", 1))
+    assert "results.csv is not of this version" in refused("--resume", finished)
+
+
+def test_what_is_read_is_what_was_measured(bench, tmp_path):
+    result = made_result(
+        bench, (3, 5, 4), {"mylayers": 1.5, "notebook": 8.25, "linear": 4.0, "clone": 0.5}
+    )
+    spread = bench.timing.Spread(4.0, 3.0, 5.5)
+    result = dataclasses.replace(
+        result,
+        remeasured=True,
+        ratios=result.ratios | {"linear": spread},
+        seconds=result.seconds | {"linear": spread},
+        timed_once=frozenset(["notebook"]),
+        left_out={"compile": 'ValueError: not, "on"  a Monday\r', "onnxruntime": "no"},
+    )
+    known = {1: made_limits(bench), 2: made_limits(bench, 2)}
+    record = bench.record.Record.start(tmp_path, {"cpu": "x"}, {"quick": False}, known)
+    with contextlib.closing(record):
+        assert record.limits == known
+        record.append(result)
+        (found,) = record.results([tiny_case(bench, "center-forward"), result.case])
+    left_out = {"compile": 'ValueError: not, "on" a Monday', "onnxruntime": "no"}
+    limit = bench.limits.Limit(pytest.approx(result.limit.seconds, rel=1e-4), result.limit.binding)
+    assert dataclasses.replace(found, limit=result.limit) == dataclasses.replace(
+        result,
+        left_out=left_out,
+        ratios={
+            name: bench.timing.Spread(*(pytest.approx(value, rel=1e-4) for value in ratio))
+            for name, ratio in result.ratios.items()
+        },
+    )
+    assert found.limit == limit
 
 
 @pytest.mark.parametrize(
@@ -958,11 +1200,281 @@ def test_only_giants_are_missing_from_the_grid_of_a_dtype(bench, dtype):
     assert all(math.prod(shape.sizes) >= 1 << 30 for shape in missing)
 
 
+X86 = """processor	: 0
+vendor_id	: {}
+cpu family	: {}
+model		: {}
+model name	: Some: processor
+stepping	: {}
+flags		: fpu sse2 {}
+
+processor	: 1
+vendor_id	: Other
+cpu family	: 1
+"""
+ARM = """processor	: 0
+BogoMIPS	: 243.75
+Features	: fp asimd {}
+CPU implementer	: {}
+CPU architecture: 8
+CPU variant	: 0x3
+CPU part	: {}
+CPU revision	: 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "stepping", "name"),
+    [
+        ("AuthenticAMD", 23, 1, 2, "Zen"),  # Naples
+        ("AuthenticAMD", 23, 49, 0, "Zen 2"),  # Rome
+        ("AuthenticAMD", 25, 1, 1, "Zen 3"),  # Milan
+        ("AuthenticAMD", 25, 33, 0, "Zen 3"),  # Vermeer
+        ("AuthenticAMD", 25, 17, 1, "Zen 4"),  # Genoa
+        ("AuthenticAMD", 25, 97, 2, "Zen 4"),  # Raphael
+        ("AuthenticAMD", 25, 160, 1, "Zen 4"),  # Bergamo
+        ("AuthenticAMD", 26, 2, 1, "Zen 5"),  # Turin
+        ("AuthenticAMD", 26, 68, 0, "Zen 5"),  # Granite Ridge
+        ("AuthenticAMD", 26, 80, 0, "AuthenticAMD family 26 model 80 stepping 0"),
+        ("AuthenticAMD", 21, 2, 0, "AuthenticAMD family 21 model 2 stepping 0"),
+        ("HygonGenuine", 24, 0, 1, "Dhyana (Zen)"),
+        ("GenuineIntel", 6, 63, 2, "Haswell"),
+        ("GenuineIntel", 6, 79, 1, "Broadwell"),
+        ("GenuineIntel", 6, 85, 4, "Skylake server"),
+        ("GenuineIntel", 6, 85, 7, "Cascade Lake server"),
+        ("GenuineIntel", 6, 85, 11, "Cooper Lake server"),
+        ("GenuineIntel", 6, 106, 6, "Ice Lake server (Sunny Cove)"),
+        ("GenuineIntel", 6, 143, 8, "Sapphire Rapids (Golden Cove)"),
+        ("GenuineIntel", 6, 207, 2, "Emerald Rapids (Golden Cove)"),
+        ("GenuineIntel", 6, 173, 1, "Granite Rapids (Redwood Cove)"),
+        ("GenuineIntel", 6, 250, 1, "GenuineIntel family 6 model 250 stepping 1"),
+        ("GenuineIntel", 15, 207, 1, "GenuineIntel family 15 model 207 stepping 1"),
+    ],
+)
+def test_an_x86_processor_is_named_by_its_numbers(bench, vendor, family, model, stepping, name):
+    cpuinfo = X86.format(vendor, family, model, stepping, "avx2 fma")
+    processor = bench.machine.read_processor(cpuinfo)
+    assert processor == (vendor, family, model, stepping, {"fpu", "sse2", "avx2", "fma"})
+    assert bench.machine.microarchitecture(processor) == name
+
+
+@pytest.mark.parametrize(
+    ("implementer", "part", "name"),
+    [
+        ("0x41", "0xd0c", "Neoverse N1"),
+        ("0x41", "0xd49", "Neoverse N2"),
+        ("0x41", "0xd40", "Neoverse V1"),
+        ("0x41", "0xd4f", "Neoverse V2"),
+        ("0x41", "0xd42", "Cortex-A78AE"),
+        ("0x6d", "0xd49", "Cobalt 100 (Neoverse N2)"),
+        ("0x42", "0xd49", "0x42 family 8 model 3401 stepping 49"),
+    ],
+)
+def test_an_arm_processor_is_named_by_its_part(bench, implementer, part, name):
+    processor = bench.machine.read_processor(ARM.format("bf16", implementer, part))
+    assert processor == (implementer, 8, int(part, 16), 0x31, {"fp", "asimd", "bf16"})
+    assert bench.machine.microarchitecture(processor) == name
+
+
+@pytest.mark.parametrize(
+    ("numbers", "features", "title"),
+    [
+        ((207, 2), "avx2 avx512f amx_tile amx_bf16", "Emerald Rapids (Golden Cove, AMX)"),
+        ((207, 2), "avx2 avx512f", "Emerald Rapids (Golden Cove, AVX-512)"),  # hidden from a guest
+        ((85, 7), "avx2 avx512f", "Cascade Lake server (AVX-512)"),
+        ((79, 1), "avx2", "Broadwell (AVX2)"),
+        ((79, 1), "", "Broadwell"),
+        ((250, 1), "avx2", "GenuineIntel family 6 model 250 stepping 1 (AVX2)"),
+    ],
+)
+def test_a_title_has_the_widest_units_that_are_to_be_seen(bench, numbers, features, title):
+    cpuinfo = X86.format("GenuineIntel", 6, *numbers, features)
+    assert bench.machine.title(bench.machine.read_processor(cpuinfo)) == title
+
+
+@pytest.mark.parametrize("cpuinfo", ["", "hart\t: 0\nisa\t: rv64imafdc\n", "vendor_id\t: Else\n"])
+def test_a_processor_that_does_not_say_what_it_is_has_no_name(bench, cpuinfo):
+    assert bench.machine.read_processor(cpuinfo) is None
+
+
+def test_the_caches_are_those_that_hold_data(bench, tmp_path):
+    kinds = [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2048K")]
+    for number, kind in enumerate([*kinds, ("3", "Unified", "300M")]):
+        (tmp_path / f"index{number}").mkdir()
+        for field, value in zip(("level", "type", "size"), kind, strict=True):
+            (tmp_path / f"index{number}" / field).write_text(value + "\n")
+    (tmp_path / "index4").mkdir()  # says nothing
+    assert bench.machine.caches(tmp_path) == {"L1d": "48K", "L2": "2048K", "L3": "300M"}
+    assert bench.machine.caches(tmp_path / "none") == {}
+
+
+def test_the_commit_is_that_of_the_checkout_itself_with_changes_of_code_alone(bench, tmp_path):
+    def git(*arguments):
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        ran = subprocess.run(
+            ["git", "-C", tmp_path, *settings, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return ran.stdout.strip()
+
+    for file in ("mylayers/code.py", "docs/page.md"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("1\n")
+    assert bench.machine.commit(tmp_path) is None
+    git("init", "-q")
+    assert bench.machine.commit(tmp_path) is None  # nothing is committed yet
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    assert re.fullmatch("[0-9a-f]{40}", head)
+    assert bench.machine.commit(tmp_path) == head
+    assert bench.machine.commit(tmp_path / "mylayers") is None
+    (tmp_path / "docs/page.md").write_text("2\n")
+    (tmp_path / "benchmarks/results/now").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/now/results.csv").write_text("2\n")
+    assert bench.machine.commit(tmp_path) == head
+    (tmp_path / "mylayers/new.py").write_text("2\n")
+    assert bench.machine.commit(tmp_path) == f"{head}+changes"
+    (tmp_path / "mylayers/new.py").unlink()
+    (tmp_path / "mylayers/code.py").write_text("2\n")
+    assert bench.machine.commit(tmp_path) == f"{head}+changes"
+
+
+def test_without_git_no_commit_is_known(bench, tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    assert bench.machine.commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.machine.commit(tmp_path) is None
+
+
+def test_the_machine_is_described_ready_for_json(bench):
+    described = bench.machine.describe("cpu")
+    assert json.loads(json.dumps(described)) == described
+    assert described["microarchitecture"]
+    assert described["gpu"] is None
+    assert described["cores"] >= 1
+    assert described["memory_gib"] > 0.1
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["versions"]["mylayers"] == mylayers.__version__
+    assert described["build"]["compiler"] == mylayers.build_info()["compiler"]
+    if bench.machine.SYSTEM_CPUS.exists() and "x86" in described["system"]:
+        assert isinstance(described["family"], int)
+        assert isinstance(described["stepping"], int)
+        assert {"L1d", "L2"} <= set(described["caches"]) or not described["caches"]
+
+
+def texts(figure):
+    (axes,) = figure.axes
+    shown = [*axes.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    return [text.get_text() for text in shown]
+
+
+def marks(figure):
+    """How many places each colour of ``MARKS`` marks."""
+    (axes,) = figure.axes
+    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+    return {line.get_label().partition(",")[0]: line.get_xydata().tolist() for line in lines}
+
+
+def made_results(bench):
+    results = []
+    for dtype, ours in (("float32", 1.0), ("float32", 5.0), ("bfloat16", 0.5)):
+        size = int(200 * ours)
+        result = made_result(bench, (64, size, 100), {"mylayers": ours, "notebook": 4.0})
+        results.append(
+            dataclasses.replace(result, case=dataclasses.replace(result.case, dtype=dtype))
+        )
+    return results
+
+
+def test_the_picture_of_speedups_has_a_line_at_1_and_names_the_worst_case(bench):
+    figure = bench.pictures.speedups(made_results(bench), "Some Cove, torch 1")
+    shape = "64x1000x100"
+    worst = f"\N{WHITE CIRCLE} worst: 0.80x notebook, linear-forward {shape}, float32, threads: 1"
+    assert texts(figure) == [worst, "float32, mean 1.79x", "bfloat16, mean 8.00x"]
+    operations = 2 * 64 * 100 * 200
+    assert marks(figure) == {
+        "float32": [[operations, 4.0], [5 * operations, 0.8]],
+        "bfloat16": [[operations / 2, 8.0]],
+    }
+    (axes,) = figure.axes
+    assert [1, 1] in [list(line.get_ydata()) for line in axes.lines]
+    assert axes.get_title(loc="left") == (
+        "Speed-up over the best peer\nSome Cove, torch 1, threads: 1"
+    )
+
+
+def test_the_roofline_is_of_the_most_threads_and_names_what_is_farthest_from_its_limit(bench):
+    results = made_results(bench)
+    more = [
+        dataclasses.replace(result, case=dataclasses.replace(result.case, threads=2))
+        for result in results[1:]
+    ]
+    by_call = dataclasses.replace(more[0], limit=bench.limits.Limit(1e-6, "call"))
+    limits = {1: made_limits(bench), 2: made_limits(bench, 2)}
+    figure = bench.pictures.roofline([*results, *more, by_call], limits, "Some Cove")
+    assert {dtype: len(places) for dtype, places in marks(figure).items()} == {
+        "float32": 1,
+        "bfloat16": 1,
+    }
+    shares = {result.case.dtype: bench.pictures._share(result) for result in more}
+    assert min(shares, key=shares.get) == "float32"
+    *roofs, worst, first, second = texts(figure)
+    assert roofs == ["copies in cache", "copies in memory", "float32 and bfloat16 peak"]
+    assert worst == (
+        f"\N{WHITE CIRCLE} farthest from its limit: {shares['float32']:.0%} of it, "
+        "linear-forward 64x1000x100, float32, threads: 2"
+    )
+    assert [first, second] == ["float32", "bfloat16"]
+    assert bench.pictures.roofline([by_call], limits, "") is None
+    assert bench.pictures.roofline([], {}, "") is None
+
+
+def test_pictures_are_white_behind_and_1600_pixels_wide(bench, tmp_path):
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    name = "Sapphire Rapids (Golden Cove, AVX-512)"
+    machine = {"gpu": None, "microarchitecture": name, "versions": {"torch": "2.13.0+cpu"}}
+    shape, times = (262_144, 1024, 1024), {"mylayers": 1.0, "max-autotune": 0.5}
+    longest = made_result(bench, shape, times, "linear-backward-weights")
+    case = dataclasses.replace(longest.case, dtype="bfloat16")
+    results = [*made_results(bench), dataclasses.replace(longest, case=case)]
+    limits = {1: made_limits(bench)}
+    files = bench.pictures.draw(results, limits, machine, tmp_path)
+    assert [file.name for file in files] == ["speedups.png", "roofline.png"]
+    for file in files:
+        pixels = matplotlib_image.imread(file)
+        assert pixels.shape == (900, 1600, 4)
+        assert (pixels[:, :, 3] == 1).all()
+        assert (pixels[:, [0, -1]] == 1).all()  # nothing is cut off at the sides
+
+
+@pytest.mark.parametrize(
+    ("times", "threads", "verdict"),
+    [
+        ((2.0, 0.98), (2, 2), "2 threads, float32: none of 2 cases"),
+        ((0.5, 0.96), (1, 1), "1 thread, float32: 2 of 2 cases"),
+        ((2.0, 0.96), (2, 1), "1 and 2 threads, float32: 1 of 2 cases"),
+    ],
+)
+def test_the_verdict_is_of_the_machine_alone(bench, times, threads, verdict):
+    results = []
+    for peer, number in zip(times, threads, strict=True):
+        result = made_result(bench, (1, 2, 3), {"mylayers": 1.0, "notebook": peer})
+        case = dataclasses.replace(result.case, threads=number)
+        results.append(dataclasses.replace(result, case=case))
+    line = bench.report.verdict(results, "Emerald Rapids (Golden Cove, AMX)")
+    assert line == (
+        f"On Emerald Rapids (Golden Cove, AMX), {verdict} below 0.97 of the best peer's speed"
+    )
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_results_folder_is_named_by_machine_and_time(bench, quick):
-    described = {"cpu": "Some(R) CPU @ 2.0GHz", "gpu": None, "cores": 2}
+    described = {"microarchitecture": "Some Cove (Core, AMX)", "gpu": None, "cores": 2}
     machine = described | {"date": "2026-01-02T03:04:05+00:00"}
-    expected = "some-r-cpu-2-0ghz-2-cores-2026-01-02-0304" + ("-quick" if quick else "")
+    expected = "some-cove-core-amx-2-cores-2026-01-02-0304" + ("-quick" if quick else "")
     assert bench.machine.folder_name(machine, quick) == expected
     on_gpu = bench.machine.folder_name(machine | {"gpu": "Big GPU"}, quick)
     assert on_gpu.startswith("big-gpu-2026")
