@@ -136,17 +136,19 @@ const char* block_f32(
         out_row);
   });
 }
-void copy(
+const char* copy(
     int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
     int64_t out_row) {
-  kAmx.copy(rows, k, in, in_row, in_col, out, out_row);
+  return checked([&] { kAmx.copy(rows, k, in, in_row, in_col, out, out_row); });
 }
-void pairs(
+const char* pairs(
     int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
     bfloat16_t* out, int64_t panel_size) {
-  pack_pairs(rows, cols, in, in_row, in_col, out, panel_size);
+  return checked([&] { pack_pairs(rows, cols, in, in_row, in_col, out, panel_size); });
 }
-// x = act(x), by the same functions of vectors.
-void activate_values(int64_t count, float* x, Activation act) { activate(1, count, x, count, act); }
+// x = act(x), by this level's functions.
+const char* activate_values(int64_t count, float* x, Activation act) {
+  return checked([&] { activate(1, count, x, count, act); });
+}
 
 }  // extern "C"
