@@ -266,13 +266,14 @@ ORDINARY = np.array([0, 0x8000, 0x3F80, 0xBF80, 0x3F91, 0xC049, 0x4254, 0xBD13],
 SMALL = np.array([1, 0x8001, 0x7F, 0x80FF, 0x80, 0x8080, 0x81, 0x2000, 0xA080, 0x1FFF], np.uint16)
 LARGE = np.array([0x7F7F, 0xFF7F, 0x5F80, 0xDF80, 0x7F80, 0xFF80], np.uint16)
 NANS = np.array([0x7F81, 0xFF81, 0x7FA3, 0x7FC0, 0xFFC0, 0x7FC5, 0xFFD3, 0x7FFF, 0xFFFF], np.uint16)
-KINDS = ["normal", "bits", "ordinary", "small", "large", "nans"]
+KINDS = ["normal", "spread", "bits", "ordinary", "small", "large", "nans"]
 
 
 def drawn(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> Array:
     """Bits of bfloat16."""
-    if kind == "normal":
-        return narrowed(rng.standard_normal(shape).astype(np.float32))
+    if kind in ("normal", "spread"):
+        scale = 2.0 ** rng.integers(-8, 9, shape) if kind == "spread" else 1
+        return narrowed((rng.standard_normal(shape) * scale).astype(np.float32))
     if kind == "bits":
         return rng.integers(0, 2**16, shape).astype(np.uint16)
     out = rng.choice(ORDINARY, shape)
@@ -307,7 +308,7 @@ def test_the_model_multiplies_as_the_manual_says(model, kind, shape):
 
 
 def test_these_operands_tell_orders_of_summation_apart():
-    c, a, b = operands("normal", *SHAPES[0])
+    c, a, b = operands("spread", *SHAPES[0])
     expected = manual_product(c, a, b)
     swapped = np.s_[[*range(1, 16), 0]]
     pairs_turned = manual_product(c, a.reshape(16, 16, 2)[:, swapped].reshape(16, 32), b[swapped])
@@ -366,7 +367,7 @@ def load_and_store(on: Kernels, configured: Array, tile: int, once: bool) -> Arr
     return out
 
 
-LOADS = [(16, 64, 0), (1, 4, 0), (7, 64, 0), (16, 3, 0), (5, 20, 0), (16, 64, 3), (4, 8, 3)]
+LOADS = [(16, 64, 0), (1, 4, 0), (7, 64, 0), (16, 12, 0), (5, 20, 0), (16, 64, 3), (4, 8, 3)]
 
 
 @pytest.mark.parametrize("once", [False, True], ids=["load", "load once"])
@@ -437,6 +438,10 @@ REFUSED = {
     "too few rows of sums": ([whole(b48=15), MULTIPLY], "the sums must have the rows of a"),
     "too few columns of sums": ([whole(b16=60), MULTIPLY], "the sums must have the columns of b"),
     "too few rows of b": ([whole(b53=15), MULTIPLY], "a must have a pair for each row of b"),
+    "half a number in a load": ([whole(b16=62), LOAD], "whole numbers"),
+    "half a number in a store": ([whole(b16=62), ["zero", 0], STORE], "whole numbers"),
+    "a first row beyond the last": ([whole(b1=16), LOAD], "no row is left"),
+    "a first row beyond that of a tile": ([whole(b1=5, b48=5), STORE], "no row is left"),
     "half a pair": ([whole(b24=62), MULTIPLY], "whole numbers or pairs"),
     "half a sum": ([whole(b16=62, b26=62), MULTIPLY], "whole numbers or pairs"),
 }
@@ -449,7 +454,7 @@ def run(on: Any, steps: list[list[Any]]) -> None:
             configured = shapes({})
             configured[:] = args[0]
             args = [configured]
-        getattr(on, name)(*[memory if arg == "memory" else arg for arg in args])
+        getattr(on, name)(*[memory if isinstance(arg, str) else arg for arg in args])
 
 
 @pytest.mark.parametrize("case", REFUSED)

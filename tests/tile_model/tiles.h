@@ -105,7 +105,7 @@ class Tiles {
   }
 
   void load(int t, const void* p, int64_t stride) {
-    Tile& tile = use("tileloadd", t);
+    Tile& tile = use_rows("tileloadd", t);
     for (int i = start_row_; i < tile.rows; ++i) {
       tile.set_row(i, static_cast<const char*>(p) + i * stride);
     }
@@ -114,7 +114,7 @@ class Tiles {
   }
 
   void store(int t, void* p, int64_t stride) {
-    const Tile& tile = use("tilestored", t);
+    const Tile& tile = use_rows("tilestored", t);
     for (int i = start_row_; i < tile.rows; ++i) {
       std::memcpy(static_cast<char*>(p) + i * stride, tile.data[i], tile.row_bytes);
     }
@@ -173,6 +173,14 @@ class Tiles {
         tiles_[t].rows > 0,
         std::string(instruction) + ": tile " + std::to_string(t) + " is not configured");
     return tiles_[t];
+  }
+
+  // From start_row_ on: what is left of an access to memory that an exception broke off.
+  Tile& use_rows(const char* instruction, int t) {
+    Tile& tile = use(instruction, t);
+    require(tile.row_bytes % 4 == 0, std::string(instruction) + ": rows must be whole numbers");
+    require(start_row_ < tile.rows, std::string(instruction) + ": no row is left");
+    return tile;
   }
 
   bool configured_ = false;
