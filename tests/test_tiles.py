@@ -30,8 +30,10 @@ Array = NDArray[Any]
 SOURCE = Path(__file__).resolve().parent / "tile_model" / "tiles.cpp"
 # As the level of AVX-512 has them, for functions that inline its vectors.
 AVX512 = [f"-mavx512{unit}" for unit in ("f", "bw", "vl", "dq", "bf16")] + ["-mfma", "-mf16c"]
-HAS_AMX = mylayers.build_info()["amx"]
-needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor has no AMX, or may not use it")
+INFO = mylayers.build_info()
+needs_amx = pytest.mark.skipif(
+    not INFO["amx"], reason="this processor has no AMX, or may not use it"
+)
 
 EDGE, TERMS, PANEL = 16, 32, 64  # rows of a tile, its terms of bfloat16, columns of a panel
 ACTIVATIONS = ["none", "relu", "tanh", "sigmoid", "elu"]
@@ -103,11 +105,8 @@ def model(kernels: Callable[[str, bool], Kernels]) -> Kernels:
 
 @pytest.fixture(params=["generic", "avx512"])
 def level(request: pytest.FixtureRequest) -> str:
-    if request.param == "avx512" and not (
-        "avx512" in mylayers.build_info()["instruction_sets"]
-        and torch.cpu._is_avx512_bf16_supported()
-    ):
-        pytest.skip("this processor has no AVX512-BF16")
+    if request.param == "avx512" and not INFO["bfloat16_units"]:
+        pytest.skip("this processor has no AVX512-BF16, or may not use it")
     return request.param
 
 
@@ -312,13 +311,13 @@ def test_these_operands_tell_orders_of_summation_apart():
     expected = manual_product(c, a, b)
     swapped = np.s_[[*range(1, 16), 0]]
     pairs_turned = manual_product(c, a.reshape(16, 16, 2)[:, swapped].reshape(16, 32), b[swapped])
-    assert (pairs_turned != expected).mean() > 0.5
+    assert (pairs_turned != expected).mean() > 0.2
     # One chain of all terms, from the sum on, as a chain of multiply-adds of float32 has them.
     x, y = widened(a), widened(b).reshape(16, 16, 2)
     chain = c.view(np.float32)
     for p, odd in itertools.product(range(16), range(2)):
         chain = fused_arrays(x[:, 2 * p + odd, None], y[p, :, odd], chain)
-    assert (chain.view(np.uint32) != expected).mean() > 0.5
+    assert (chain.view(np.uint32) != expected).mean() > 0.2
 
 
 def test_a_result_is_subnormal_or_not_once_it_is_rounded_to_24_bits(model):
