@@ -1756,7 +1756,7 @@ constexpr PairKernels kPairs = {
 #else
 constexpr PairKernels kPairs = {
     pack<bfloat16_t, bfloat16_t>, pack_pairs, nullptr, nullptr, nullptr};
-#if defined(MYLAYERS_TILE_MODEL)
+#if defined(MYLAYERS_TILE_MODEL)  // as tests have it
 #include "kernels/amx-inl.h"
 #else
 constexpr AmxKernels kAmx = {};

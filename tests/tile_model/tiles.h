@@ -56,15 +56,16 @@ inline float multiply_add(float a, float b, float c) {
   if (std::isnan(sum)) {
     return float_of(0xffc00000);  // as every invalid operation of this processor
   }
-  if (std::fabs(sum) > 0x1p-126f) {
-    return sum;
+  if (std::fabs(sum) == 0x1p-126f) {
+    // Rounded up from a number of 23 bits, perhaps. 2^64 times as large it has 24; neither c nor
+    // the smaller factor is too large for that here.
+    float& smaller = std::fabs(a) < std::fabs(b) ? a : b;
+    smaller *= 0x1p64f;
+    if (std::fabs(std::fma(a, b, c * 0x1p64f)) < 0x1p-62f) {
+      return std::copysign(0.0f, sum);
+    }
   }
-  // The same 2^64 times as large, where there are 24 bits. c and the smaller factor are less than
-  // 2^-40 here.
-  float& smaller = std::fabs(a) < std::fabs(b) ? a : b;
-  smaller *= 0x1p64f;
-  const float scaled = std::fma(a, b, c * 0x1p64f);
-  return std::fabs(scaled) < 0x1p-62f ? std::copysign(0.0f, sum) : sum;
+  return without_subnormal(sum);
 }
 
 class Tiles {

@@ -2,8 +2,8 @@
 // Part of kernels.inl, whose vectors and activations it uses.
 //
 // Every sum follows one order: 32 terms of k at a time, from the first, whatever the rows, columns
-// and calls. Within those the processor has its own order, which depends on nothing else either.
-// So the bits of a row are its own, and few rows take the same instructions as many.
+// and calls: a chain of the even terms, one of the odd, both from zero, and the sum of the two is
+// added. So the bits of a row are its own, and few rows take the same instructions as many.
 
 constexpr int kTileEdge = 16;   // rows of a tile; columns of one of float32
 constexpr int kTileTerms = 32;  // terms of k in a row of bfloat16
