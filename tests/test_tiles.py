@@ -309,8 +309,8 @@ def test_the_model_multiplies_as_the_manual_says(model, kind, shape):
 def test_these_operands_tell_orders_of_summation_apart():
     c, a, b = operands("spread", *SHAPES[0])
     expected = manual_product(c, a, b)
-    swapped = np.s_[[*range(1, 16), 0]]
-    pairs_turned = manual_product(c, a.reshape(16, 16, 2)[:, swapped].reshape(16, 32), b[swapped])
+    turned = [*range(1, 16), 0]
+    pairs_turned = manual_product(c, a.reshape(16, 16, 2)[:, turned].reshape(16, 32), b[turned])
     assert (pairs_turned != expected).mean() > 0.2
     # One chain of all terms, from the sum on, as a chain of multiply-adds of float32 has them.
     x, y = widened(a), widened(b).reshape(16, 16, 2)
@@ -347,8 +347,8 @@ def without_kinds_of_nan(x: Array) -> Array:
     return np.where(np.isnan(x), np.uint32(DEFAULT_NAN), x.view(np.uint32))
 
 
-def load_and_store(on: Kernels, configured: Array, tile: int, once: bool) -> Array:
-    """The bytes of a tile of 16 x 64 that were loaded with `configured` shapes of it."""
+def assert_loads_and_stores(on: Kernels, configured: Array, tile: int, once: bool) -> None:
+    """A tile takes and gives the rows of its shape, and no other bytes."""
     on.configure(configured)
     source = np.arange(1, 1 + 20 * 80, dtype=np.uint32).astype(np.uint8).reshape(20, 80) | 1
     out = np.full((18, 72), 0xEE, np.uint8)
@@ -363,7 +363,6 @@ def load_and_store(on: Kernels, configured: Array, tile: int, once: bool) -> Arr
         np.arange(rows)[:, None] < first, 0, source[:rows, :row_bytes]
     )
     np.testing.assert_array_equal(out, expected)
-    return out
 
 
 LOADS = [(16, 64, 0), (1, 4, 0), (7, 64, 0), (16, 12, 0), (5, 20, 0), (16, 64, 3), (4, 8, 3)]
@@ -373,10 +372,10 @@ LOADS = [(16, 64, 0), (1, 4, 0), (7, 64, 0), (16, 12, 0), (5, 20, 0), (16, 64, 3
 @pytest.mark.parametrize(("rows", "row_bytes", "first"), LOADS)
 def test_a_tile_takes_and_gives_the_rows_of_its_shape(model, rows, row_bytes, first, once):
     for tile in range(8):
-        load_and_store(model, shapes({tile: (rows, row_bytes)}, b1=first), tile, once)
+        assert_loads_and_stores(model, shapes({tile: (rows, row_bytes)}, b1=first), tile, once)
 
 
-def test_zero_and_configuration_and_short_loads_leave_zeros(model):
+def test_zero_and_configuration_leave_zeros(model):
     ones = np.ones((16, 64), np.uint8)
     out = np.empty_like(ones)
     full = shapes(dict.fromkeys(range(8), (16, 64)))
@@ -503,8 +502,8 @@ class Guarded:
     def __init__(self, rows: int, cols: int, row: int, dtype: Any) -> None:
         self.row = row
         self._nan = NAN if dtype == np.uint16 else NAN << 16 | NAN
-        self._memory = np.full((rows + 2, row), self._nan, dtype)
-        self.view = self._memory[1 : 1 + rows, :cols]
+        self._memory = np.full((EDGE + rows + EDGE, row), self._nan, dtype)
+        self.view = self._memory[EDGE : EDGE + rows, :cols]
 
     def assert_rest_untouched(self) -> None:
         self.view[:] = self._nan
@@ -721,7 +720,7 @@ def test_the_processor_agrees_with_the_model_to_the_bit(kernels, kind, shape):
 @pytest.mark.parametrize(("rows", "row_bytes", "first"), LOADS)
 def test_the_processor_loads_and_stores_as_the_model(kernels, rows, row_bytes, first, once):
     for tile in range(8):
-        load_and_store(
+        assert_loads_and_stores(
             kernels("avx512", False), shapes({tile: (rows, row_bytes)}, b1=first), tile, once
         )
 

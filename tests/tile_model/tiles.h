@@ -108,9 +108,8 @@ class Tiles {
   void load(int t, const void* p, int64_t stride) {
     Tile& tile = use_rows("tileloadd", t);
     for (int i = start_row_; i < tile.rows; ++i) {
-      tile.set_row(i, static_cast<const char*>(p) + i * stride);
+      std::memcpy(tile.data[i], static_cast<const char*>(p) + i * stride, tile.row_bytes);
     }
-    tile.zero_rows_above();
     start_row_ = 0;
   }
 
@@ -143,9 +142,8 @@ class Tiles {
         }
         sums[n] = multiply_add(sums[n], 1, multiply_add(even, 1, odd));
       }
-      c.set_row(m, sums);
+      std::memcpy(c.data[m], sums, c.row_bytes);
     }
-    c.zero_rows_above();
     start_row_ = 0;
   }
 
@@ -154,13 +152,9 @@ class Tiles {
 
   struct Tile {
     int rows, row_bytes;
+    // Zero beyond the shape, where nothing is ever written. The manual clears that again and again.
     uint8_t data[kRows][kRowBytes];
 
-    void set_row(int i, const void* from) {
-      std::memset(data[i], 0, kRowBytes);
-      std::memcpy(data[i], from, row_bytes);
-    }
-    void zero_rows_above() { std::memset(data[rows], 0, (kRows - rows) * kRowBytes); }
     float value(int row, int i) const {  // of bfloat16
       uint16_t half;
       std::memcpy(&half, data[row] + 2 * i, sizeof(half));
