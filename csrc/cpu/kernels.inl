@@ -1757,7 +1757,11 @@ constexpr PairKernels kPairs = {
 #else
 constexpr PairKernels kPairs = {
     pack<bfloat16_t, bfloat16_t>, pack_pairs, nullptr, nullptr, nullptr};
+#if defined(MYLAYERS_TILE_MODEL)  // as tests have it
+#include "kernels/amx-inl.h"
+#else
 constexpr AmxKernels kAmx = {};
+#endif
 #endif
 
 template <class T>
@@ -2140,6 +2144,9 @@ constexpr Kernels kTable = {
 MYLAYERS_TARGET_END
 #endif
 
+// Tests compile the few functions that they call.
+#if !defined(MYLAYERS_WITHOUT_TABLE)
 namespace mylayers::cpu {
 const Kernels& MYLAYERS_CONCAT(MYLAYERS_ISA, _kernels)() { return MYLAYERS_ISA::kTable; }
 }  // namespace mylayers::cpu
+#endif

@@ -2,15 +2,12 @@
 // Part of kernels.inl, whose vectors and activations it uses.
 //
 // Every sum follows one order: 32 terms of k at a time, from the first, whatever the rows, columns
-// and calls. Within those the processor has its own order, which depends on nothing else either.
-// So the bits of a row are its own, and few rows take the same instructions as many.
+// and calls: a chain of the even terms, one of the odd, both from zero, and the sum of the two is
+// added. So the bits of a row are its own, and few rows take the same instructions as many.
 
 constexpr int kTileEdge = 16;   // rows of a tile; columns of one of float32
 constexpr int kTileTerms = 32;  // terms of k in a row of bfloat16
 
-#if defined(MYLAYERS_TILE_MODEL)
-// tests/tile_model.h has computed them in software: tile_configure and the rest below.
-#else
 // As LDTILECFG reads it.
 struct alignas(64) TileShapes {
   uint8_t palette = 1;
@@ -20,6 +17,8 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Tests that compute them in software have defined these (tests/tile_model).
+#if !defined(MYLAYERS_TILE_MODEL)
 // Statements of our own: g++ 12's intrinsics do not say that they read memory, and the stores of
 // what they read may then be removed, or come later.
 INLINE void tile_configure(const TileShapes& shapes) {
