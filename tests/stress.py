@@ -22,7 +22,7 @@ import mylayers
 from mylayers import CenteredLayer, FusedSequential, MyLinear
 
 ROWS, WIDTH = 64, 32  # a call that gives up the GIL
-PAUSE = 0.002  # seconds after each change, or those that change would leave no time to call
+PAUSE = 0.01  # seconds after each change, or those that change would leave no time to call
 
 
 def network(*last: nn.Module) -> FusedSequential:
