@@ -441,8 +441,8 @@ def test_a_gpu_has_suites_with_peers_of_its_own_graphed_and_not(bench):
         assert {"mylayers", suite.baseline} <= set(suite.candidates)
         assert set(suite.candidates) <= set(bench.cases.SUITES[name].candidates)
         assert set(suite.quick) <= set(suite.shapes)
-    arguments = bench.main._parser().parse_args(["--device", "cuda", "--only", "linear-forward"])
-    cases = bench.main._cases(arguments)
+    given = bench.main._parser().parse_args(["--device", "cuda", "--only", "linear-forward"])
+    cases = bench.main._cases(bench.main._options(vars(given), None))
     assert len(cases) == 2 * len(suites["linear-forward"].shapes)
     assert {case.device for case in cases} == {"cuda", bench.measure.GRAPHED}
     assert {case.place for case in cases} == {"cuda"}
