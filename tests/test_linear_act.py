@@ -380,6 +380,21 @@ def test_a_row_has_the_same_bits_in_a_batch_of_several_tasks(threads, dtype):
             assert same_bits(functional.linear_act(x[rows], weight, bias), whole[rows]), rows
 
 
+# On AMX 4096 terms are packed together, and with more of them 8192 rows are multiplied together.
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_in_a_batch_and_a_sum_of_several_parts(threads):
+    draw = samples.drawer("parts", torch.bfloat16)
+    x, weight = draw(8300, 4200), draw(4200, 70)
+    with num_threads(threads):
+        whole = functional.linear_act(x, weight, None, None)
+        for rows in (slice(1), slice(300, 700), slice(8190, 8194), slice(8299, 8300)):
+            assert same_bits(functional.linear_act(x[rows], weight, None, None), whole[rows]), rows
+    some = slice(8100, 8300)
+    exact = in_float64(x[some], weight, None)
+    tolerance = forward_tolerance(torch.bfloat16, *exact, None)
+    assert_within(whole[some], reference.linear_act(*exact, None), tolerance)
+
+
 # Rows of the batch, in_units, units: one sum, 2, 3 and 65 pieces; a large result, whose sums
 # are not cut.
 @every_dtype

@@ -49,6 +49,8 @@ constexpr int64_t kRows = 256;
 // Columns and terms that are packed together, 4 MiB.
 constexpr int64_t kColumns = 512;
 constexpr int64_t kDeep = 4096;
+// Rows whose sums are kept, in 16 MiB, while more terms than that go by.
+constexpr int64_t kMostRows = 8192;
 // Of so few terms a product is all writing: long runs of few rows, not short ones of many.
 constexpr int64_t kFlatTerms = 64;
 constexpr int64_t kFlatColumns = 4096;
@@ -79,11 +81,13 @@ constexpr int64_t rounded_size(int64_t rows, int64_t cols) {
   return std::is_same_v<In, float> ? (rows + 2 * kTerms) * (cols + 2 * kTerms) : 0;
 }
 
-// `depth` rows and `cols` columns of b, with zeros up to whole tiles of terms.
+// `depth` rows and `cols` columns of b, with zeros up to whole tiles of terms. `memory`: for what
+// is rounded, of rounded_size values.
 template <class In>
-void pack(int64_t depth, int64_t cols, Matrix<In> in, bfloat16_t* panels, int64_t size) {
-  const Scratch<bfloat16_t> memory(rounded_size<In>(depth, cols));
-  const Matrix<bfloat16_t> b = rounded(depth, cols, in, memory.get());
+void pack(
+    int64_t depth, int64_t cols, Matrix<In> in, bfloat16_t* memory, bfloat16_t* panels,
+    int64_t size) {
+  const Matrix<bfloat16_t> b = rounded(depth, cols, in, memory);
   kernels().bf16_pairs.pack_pairs(depth, cols, b.data, b.row, b.col, panels, size);
   const int64_t filled = round_up(depth, 2), whole = round_up(depth, kTerms);
   if (filled < whole) {
@@ -174,9 +178,10 @@ void Product<In, Out>::by_columns(int64_t threads) {
     const Scratch<bfloat16_t> panels(ceil_div(width, kPanel) * size);
     const Scratch<float> sums(k_ > kDepth ? m_ * sums_row : 0);
     const Scratch<bfloat16_t> a_copy(copy_size());
+    const Scratch<bfloat16_t> memory(rounded_size<In>(kDepth, width));
     for (int64_t p = 0; p < k_; p += kDepth) {
       const int64_t depth = std::min(kDepth, k_ - p);
-      pack(depth, width, b_.at(p, j), panels.get(), size);
+      pack(depth, width, b_.at(p, j), memory.get(), panels.get(), size);
       pass(0, m_, j, width, p, depth, a_copy.get(), panels.get(), size, sums.get(), sums_row);
     }
   };
@@ -216,6 +221,8 @@ void Product<In, Out>::by_rows(int64_t threads) {
   const Scratch<float> sums(tasks * sums_size);
   const Scratch<bfloat16_t> a_copies(tasks * copy_size());
   constexpr int64_t kTogether = 4;  // panels that are packed in one go, from runs of 512 bytes
+  constexpr int64_t kMemory = rounded_size<In>(kDepth, kTogether * kPanel);
+  const Scratch<bfloat16_t> memory(threads * kMemory);  // here, as the region must not throw
 
   Team::run(threads, [&](const Team& team) {
     for (int64_t j = 0; j < n_; j += wide) {
@@ -226,13 +233,14 @@ void Product<In, Out>::by_rows(int64_t threads) {
         if (j > 0 || first > 0) {
           team.barrier();  // the others have read what is packed over now
         }
+        bfloat16_t* own_memory = memory.get() + team.share(threads).first * kMemory;
         const auto [unit, last_unit] = team.share(parts * groups);
         for (int64_t u = unit; u < last_unit; ++u) {
           const int64_t part = u / groups, panel = u % groups * kTogether;
           const int64_t p = first + part * kDepth, at = panel * kPanel;
           pack(
               std::min(kDepth, k_ - p), std::min(kTogether * kPanel, width - at), b_.at(p, j + at),
-              packed.get() + (part * panels + panel) * size, size);
+              own_memory, packed.get() + (part * panels + panel) * size, size);
         }
         team.barrier();
         const auto [task, last_task] = team.share(tasks);
@@ -266,11 +274,15 @@ template <class In, class Out>
 void gemm_amx(
     int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias, Activation act,
     Out* out, int64_t out_row, bool alone) {
-  Product<In, Out> product(m, n, k, a, b, bias, act, out, out_row);
   const bool small =
       static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) <= kSerialWork;
   const int64_t threads = alone || small ? 1 : Team::threads();
-  m <= kRows ? product.by_columns(threads) : product.by_rows(threads);
+  const int64_t most = k > kDeep ? kMostRows : m;
+  for (int64_t i = 0; i < m; i += most) {
+    const int64_t rows = std::min(most, m - i);
+    Product<In, Out> product(rows, n, k, a.at(i, 0), b, bias, act, out + i * out_row, out_row);
+    rows <= kRows ? product.by_columns(threads) : product.by_rows(threads);
+  }
 }
 
 #define INSTANTIATE(In, Out)                                                                      \
