@@ -390,6 +390,23 @@ def test_zero_and_configuration_leave_zeros(model):
     model.release()
 
 
+def test_nothing_is_written_beyond_the_shape_of_a_tile(model):
+    memory = np.full((16, 64), 0x3F, np.uint8)
+    model.configure(shapes({SUM: (5, 20), A: (5, 12), B: (3, 20)}))
+    for tile, rows, row_bytes in ((A, 5, 12), (B, 3, 20), (SUM, 5, 20)):
+        bytes_ = np.ones_like(memory)
+        model.load_tile(tile, memory, 64)
+        model.peek(tile, bytes_)
+        assert bytes_[:rows, :row_bytes].all()
+        assert np.count_nonzero(bytes_) == rows * row_bytes
+    model.multiply(SUM, A, B)
+    model.peek(SUM, bytes_)
+    assert (bytes_[:5, 3:20:4] > 0x3F).all()
+    assert not bytes_[5:].any()
+    assert not bytes_[:, 20:].any()
+    model.release()
+
+
 def test_a_load_may_go_backwards_or_stand_still(model):
     source = np.arange(16 * 64, dtype=np.uint32).astype(np.uint8).reshape(16, 64)
     out = np.empty_like(source)

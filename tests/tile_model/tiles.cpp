@@ -116,6 +116,12 @@ const char* multiply(int sum, int a, int b) {
   });
 }
 
+#if defined(MYLAYERS_TILE_MODEL)
+const char* peek(int t, void* out) {
+  return checked([&] { model.peek(t, out); });
+}
+#endif
+
 const char* block(
     int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* last,
     const bfloat16_t* b, int64_t panel_size, float* sums, int64_t sums_row, bool accumulate,

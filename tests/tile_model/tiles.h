@@ -121,6 +121,9 @@ class Tiles {
     start_row_ = 0;
   }
 
+  // All 1024 bytes of a tile, whatever its shape.
+  void peek(int t, void* out) const { std::memcpy(out, tiles_[t].data, sizeof(Tile::data)); }
+
   void multiply(int sum, int a, int b) {
     require(sum != a && a != b && b != sum, "tdpbf16ps: three tiles are needed");
     Tile& c = use("tdpbf16ps", sum);
