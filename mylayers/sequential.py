@@ -484,6 +484,11 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The children's result, one after another."""
+        if _is_scripting():
+            x = input
+            for child in self:
+                x = child(x)
+            return x
         if not _is_compiling():
             output = _C.run_network(self, input)
             if output is _REFUSED and _keep_plan(self):
