@@ -244,7 +244,8 @@ std::shared_ptr<const T> known_of(PyObject* object, const Is& is_this) {
 
 // What an entry returns that leaves a call to Python; no module can return it.
 PyObject* refused() {
-  static PyObject* const once = PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
+  static PyObject* const once =
+      PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
   return once;
 }
 
