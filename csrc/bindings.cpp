@@ -453,13 +453,17 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
       throw std::runtime_error("dictionary keys changed during iteration");
     }
     // Something watches, or a child before them has changed these or a function that they call.
-    const auto python = py::module_::import("mylayers.sequential");
+    static PyObject* python = nullptr;  // for which no other thread waits, unlike an initializer
+    if (python == nullptr) {
+      python = py::module_::import("mylayers.sequential").release().ptr();
+    }
     py::list given;
     for (const py::object& child : children) {
       given.append(child);
     }
-    x = same_children && same_functions ? python.attr("_run_chain")(given, part.program->text, x)
-                                        : python.attr("_run")(given, x);
+    x = same_children && same_functions
+            ? py::handle(python).attr("_run_chain")(given, part.program->text, x)
+            : py::handle(python).attr("_run")(given, x);
   }
   check_size(modules, plan.siblings);
   return x;

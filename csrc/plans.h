@@ -11,6 +11,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -111,6 +112,10 @@ struct Found {
   py::object modules;
   bool foreign = false;  // a parameter of a class of its own
   bool hooks = false;    // those of a network
+  // Dictionaries that it depends on beside the one that has them: that of the parameters, and those
+  // that are empty, or are not.
+  PyObject* parameters = nullptr;
+  c10::SmallVector<PyObject*, 4> empty, filled;
 };
 
 inline bool is_dictionary(PyObject* value) {
@@ -127,8 +132,10 @@ inline bool fits(const Entry& entry, PyObject* value, Found& found) {
     case Entry::Must::kBeThis:
       return value == entry.value;
     case Entry::Must::kBeEmpty:
+      found.empty.push_back(value);
       return is_empty();
     case Entry::Must::kBeFilled:
+      found.filled.push_back(value);
       return !is_empty();
     case Entry::Must::kBeWeight:
       found.weight = value;
@@ -140,8 +147,10 @@ inline bool fits(const Entry& entry, PyObject* value, Found& found) {
       found.foreign = true;
       return !THPVariable_CheckExact(value);
     case Entry::Must::kHold:
+      found.parameters = value;
       return is_dictionary(value) && fits(entry.held, value, found);
     case Entry::Must::kBeHooks:
+      (is_empty() ? found.empty : found.filled).push_back(value);
       found.hooks = found.hooks || !is_empty();
       return true;
     case Entry::Must::kBeModules:
@@ -156,6 +165,7 @@ inline bool fits(const State& state, PyObject* dictionary, Found& found) {
   if (PyDict_GET_SIZE(dictionary) != count) {
     return false;
   }
+  const size_t empty = found.empty.size(), filled = found.filled.size();
   PyObject *key = nullptr, *value = nullptr;
   bool in_place = true;
   for (const Py_ssize_t i : state.telling) {
@@ -173,6 +183,8 @@ inline bool fits(const State& state, PyObject* dictionary, Found& found) {
     return true;
   }
   place = 0;  // an entry was taken out once, and those behind it stand one place further back
+  found.empty.resize(empty);
+  found.filled.resize(filled);
   for (const Entry& entry : state.entries) {
     if (!PyDict_Next(dictionary, &place, &key, &value) || key != entry.key.ptr() ||
         !fits(entry, value, found)) {
@@ -191,12 +203,68 @@ inline unsigned fresh_version(PyTypeObject* cls, PyObject* name) {
   return version(cls);
 }
 
+// CPython's own number for a state of a dictionary, which no other state of any ever has; 0 from
+// 3.12 on, which no longer promises one.
+inline uint64_t version([[maybe_unused]] PyObject* dictionary) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dictionary)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
+// What the last comparison came across, for as long as the dictionaries have not changed since.
+// Borrowed from them.
+class Last {
+ public:
+  bool holds(PyObject* dictionary, Found& found) const {
+    const auto has_entries = [](PyObject* d) { return PyDict_GET_SIZE(d) != 0; };
+    if (version_ == 0 || version_ != version(dictionary) ||
+        (parameters_ != nullptr && parameters_version_ != version(parameters_)) ||
+        std::any_of(empty_.begin(), empty_.end(), has_entries) ||
+        !std::all_of(filled_.begin(), filled_.end(), has_entries) ||
+        (weight_ != nullptr && !THPVariable_CheckExact(weight_)) ||
+        (bias_ != nullptr && !THPVariable_CheckExact(bias_))) {
+      return false;
+    }
+    found.weight = weight_;
+    found.bias = bias_;
+    found.modules = py::reinterpret_borrow<py::object>(modules_);
+    found.hooks = hooks_;
+    return true;
+  }
+
+  void note(PyObject* dictionary, const Found& found) {
+    const bool plain = !found.foreign && std::all_of(
+        found.filled.begin(), found.filled.end(), [](PyObject* d) { return is_dictionary(d); });
+    version_ = plain ? version(dictionary) : 0;
+    if (version_ == 0) {
+      return;
+    }
+    parameters_ = found.parameters;
+    parameters_version_ = parameters_ == nullptr ? 0 : version(parameters_);
+    empty_ = found.empty;
+    filled_ = found.filled;
+    weight_ = found.weight;
+    bias_ = found.bias;
+    modules_ = found.modules.ptr();
+    hooks_ = found.hooks;
+  }
+
+ private:
+  uint64_t version_ = 0, parameters_version_ = 0;
+  PyObject *parameters_ = nullptr, *weight_ = nullptr, *bias_ = nullptr, *modules_ = nullptr;
+  c10::SmallVector<PyObject*, 4> empty_, filled_;
+  bool hooks_ = false;
+};
+
 // A module: of which class, and in which state of its __dict__.
 struct Kind {
   unsigned version = 0;               // of the class; 0: the class alone is asked for
   const PyTypeObject* cls = nullptr;  // compared, never looked into
   bool has_state = false;             // otherwise it does not matter
   State state;
+  mutable Last last;
 };
 
 // (class, version or 0, entries or None)
@@ -229,7 +297,14 @@ inline bool fits(const Kind& kind, PyObject* module, Found& found) {
     PyErr_Clear();
     return false;
   }
-  return fits(kind.state, own.ptr(), found);  // the module keeps its dictionary
+  if (kind.last.holds(own.ptr(), found)) {
+    return true;
+  }
+  const bool as_it_must = fits(kind.state, own.ptr(), found);  // the module keeps its dictionary
+  if (as_it_must) {
+    kind.last.note(own.ptr(), found);
+  }
+  return as_it_must;
 }
 
 // ---- what is known -----------------------------------------------------------------------------
