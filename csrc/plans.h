@@ -236,7 +236,8 @@ class Last {
 
   void note(PyObject* dictionary, const Found& found) {
     const bool plain = !found.foreign && std::all_of(
-        found.filled.begin(), found.filled.end(), [](PyObject* d) { return is_dictionary(d); });
+                                             found.filled.begin(), found.filled.end(),
+                                             [](PyObject* d) { return is_dictionary(d); });
     version_ = plain ? version(dictionary) : 0;
     if (version_ == 0) {
       return;
