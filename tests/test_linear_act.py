@@ -395,6 +395,19 @@ def test_a_row_has_the_same_bits_in_a_batch_and_a_sum_of_several_parts(threads):
     assert_within(whole[some], reference.linear_act(*exact, None), tolerance)
 
 
+@every_dtype
+@pytest.mark.parametrize(
+    "sizes", [(5000, 0, 3), (5000, 3, 0), (5000, 0, 0), (3, 0, 600), (300, 600, 0)]
+)
+def test_gradients_of_no_units_have_no_values_however_many_rows_there_are(sizes, dtype):
+    rows, in_units, units = sizes
+    draw = samples.drawer("nothing", dtype)
+    x, weight, bias = leaves(draw(rows, in_units), draw(in_units, units), draw(units))
+    functional.linear_act(x, weight, bias).sum().backward()
+    assert [t.grad.shape for t in (x, weight, bias)] == [t.shape for t in (x, weight, bias)]
+    assert not x.grad.any() or units > 0
+
+
 # Rows of the batch, in_units, units: one sum, 2, 3 and 65 pieces; a large result, whose sums
 # are not cut.
 @every_dtype

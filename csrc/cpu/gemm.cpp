@@ -560,6 +560,9 @@ void gemm(
 template <class T>
 void gemm_long(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T* c) {
   using C = acc_t<T>;
+  if (m == 0 || n == 0) {
+    return;
+  }
   // A result this large keeps the threads busy without cutting its sums.
   constexpr int64_t kLargeResult = 256 * 256;
   const int64_t piece = std::max(kLongPiece, round_up(ceil_div(k, kMostPieces), kDepthBlock));
