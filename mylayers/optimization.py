@@ -85,7 +85,10 @@ class _Optimized(FusedSequential):
 
         cloudpickle takes classes of ``__main__`` along, which no other process finds.
         """
-        cls, reduced = type(self), super().__reduce_ex__(protocol)
+        cls = type(self)
+        # Another thread's restore may have taken the class away since this began.
+        base: Any = super(_Optimized, cls) if issubclass(cls, _Optimized) else cls
+        reduced = base.__reduce_ex__(self, protocol)
         original = vars(cls).get("_original", nn.Sequential)
         if original.__module__ == "__main__" and isinstance(reduced, tuple):
             how, arguments, *rest = reduced
