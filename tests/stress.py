@@ -71,6 +71,8 @@ class Stress:
         torch.autograd.grad(output.sum(), self.net[0].weight, allow_unused=True)
 
     def step(self) -> None:
+        # In one thread: what backward adds to must not be taken away meanwhile, in PyTorch neither.
+        self.net.zero_grad(set_to_none=True)
         loss = mylayers.forward_backward(self.net, nn.functional.mse_loss, self.x, self.target)
         self.expect(loss, self.loss)
 
@@ -102,7 +104,6 @@ class Stress:
         self.net[0] = new
         last = self.net[len(self.net) - 1]
         last.weight = nn.Parameter(last.weight.detach().clone())
-        self.net.zero_grad(set_to_none=True)
 
     def convert(self) -> None:
         mylayers.optimize(self.model)
