@@ -670,41 +670,63 @@ def test_subnormal_infinite_and_missing_values(on_model, kind):
 # ---- its copies ----------------------------------------------------------------------------
 
 
-def laid_out(rng: np.random.Generator, rows: int, cols: int, layout: str) -> Array:
-    """Random bits (rows, cols) amid others."""
+def laid_out(rng: np.random.Generator, rows: int, cols: int, layout: str, rounds: bool) -> Array:
+    """Random bits (rows, cols) of bfloat16, or of float32 that is to be rounded, amid others."""
     if layout == "columns":
-        return laid_out(rng, cols, rows, "rows").T
+        return laid_out(rng, cols, rows, "rows", rounds).T
     step = 3 if layout == "strided" else 1
-    return drawn(rng, "bits", (rows + 1, cols * step + 5))[:rows, : cols * step : step]
+    shape = (rows + 1, cols * step + 5)
+    values = drawn(rng, "bits", shape)
+    if rounds:
+        low = rng.integers(0, 1 << 16, shape, np.uint32)
+        values = (values.astype(np.uint32) << 16 | low).view(np.float32)
+    return values[:rows, : cols * step : step]
+
+
+def as_pytorch_rounds(source: Array) -> Array:
+    """Bits of bfloat16."""
+    if source.dtype != np.float32:
+        return source
+    rounded = torch.from_numpy(np.ascontiguousarray(source)).bfloat16()
+    bits = rounded.view(torch.int16).numpy().view(np.uint16)
+    return np.where(np.isnan(source), 0x7FC0, bits)  # PyTorch writes one of two, by a value's place
+
+
+def strides(source: Array) -> list[int]:
+    return [stride // source.itemsize for stride in source.strides]
+
+
+@pytest.fixture(params=[False, True], ids=["bfloat16", "float32"])
+def rounds(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
-def test_a_copy_has_contiguous_rows(on_model, layout):
+def test_a_copy_has_contiguous_rows_and_zeros_up_to_a_whole_tile(on_model, layout, rounds):
     rng = np.random.default_rng(1)
-    for rows, k in itertools.product((1, 15, 16, 17, 32, 49), (32, 64, 256)):
-        source = laid_out(rng, rows, k, layout)
-        out = Guarded(rows, k, k + TERMS, np.uint16)
-        on_model.copy(
-            rows, k, source, source.strides[0] // 2, source.strides[1] // 2, out.view, k + TERMS
-        )
-        np.testing.assert_array_equal(out.view, source)
+    copy = on_model.copy_rounded if rounds else on_model.copy
+    for rows, k in itertools.product((1, 15, 16, 17, 32, 49), (1, 30, 32, 64, 81, 256)):
+        source = laid_out(rng, rows, k, layout, rounds)
+        out = Guarded(rows, up(k, TERMS), up(k, TERMS) + TERMS, np.uint16)
+        copy(rows, k, source, *strides(source), out.view, up(k, TERMS) + TERMS)
+        np.testing.assert_array_equal(out.view[:, :k], as_pytorch_rounds(source))
+        np.testing.assert_array_equal(out.view[:, k:], 0)
         out.assert_rest_untouched()
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
-def test_panels_hold_pairs(on_model, layout):
+def test_panels_hold_pairs(on_model, layout, rounds):
     rng = np.random.default_rng(2)
+    pairs_of = on_model.pairs_rounded if rounds else on_model.pairs
     for rows, cols in itertools.product(
         (1, 2, 5, 31, 32, 33, 64), (1, 15, 16, 17, 63, 64, 65, 130)
     ):
-        source = laid_out(rng, rows, cols, layout)
+        source = laid_out(rng, rows, cols, layout, rounds)
         size = up(rows, 2) * PANEL + 7
         panels = np.full(up(cols, PANEL) // PANEL * size, NAN, np.uint16)
-        on_model.pairs(
-            rows, cols, source, source.strides[0] // 2, source.strides[1] // 2, panels, size
-        )
+        pairs_of(rows, cols, source, *strides(source), panels, size)
         padded = np.zeros((up(rows, 2), up(cols, EDGE)), np.uint16)
-        padded[:rows, :cols] = source
+        padded[:rows, :cols] = as_pytorch_rounds(source)
         expected = np.full_like(panels, NAN).reshape(-1, size)
         for j in range(0, padded.shape[1], PANEL):
             part = padded[:, j : j + PANEL]

@@ -44,6 +44,8 @@ constexpr int64_t kTerms = 32;
 constexpr int64_t kEdge = 16;
 // Terms of one pass: a panel is then 32 KiB, which stay in level-1 cache while the rows go by.
 constexpr int64_t kDepth = 256;
+// The same of few rows and a b whose columns are runs of memory: those are read a page at a time.
+constexpr int64_t kRunDepth = 1024;
 // Rows of one pass, whose 128 KiB stay in level-2 cache while the panels go by.
 constexpr int64_t kRows = 256;
 // Columns and terms that are packed together, 4 MiB.
@@ -65,35 +67,28 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t panel_size(int64_t depth) { return depth * kPanel + kPadding; }
 
-// x (rows, cols), whose rows or columns are contiguous, in bfloat16: x itself, or its values
-// rounded into `memory`, of rounded_size values, in the same order.
-Matrix<bfloat16_t> rounded(int64_t, int64_t, Matrix<bfloat16_t> x, bfloat16_t*) { return x; }
-Matrix<bfloat16_t> rounded(int64_t rows, int64_t cols, Matrix<float> x, bfloat16_t* memory) {
-  const bool by_rows = x.col == 1;
-  const int64_t runs = by_rows ? rows : cols, length = by_rows ? cols : rows;
-  const int64_t apart = round_up(length, kTerms) + kTerms;
-  kernels().bf16.finish(
-      runs, length, x.data, by_rows ? x.row : x.col, nullptr, Activation::kNone, memory, apart);
-  return by_rows ? Matrix<bfloat16_t>{memory, apart, 1} : Matrix<bfloat16_t>{memory, 1, apart};
-}
+// `depth` rows and `cols` columns of b, with zeros up to whole tiles of terms.
 template <class In>
-constexpr int64_t rounded_size(int64_t rows, int64_t cols) {
-  return std::is_same_v<In, float> ? (rows + 2 * kTerms) * (cols + 2 * kTerms) : 0;
-}
-
-// `depth` rows and `cols` columns of b, with zeros up to whole tiles of terms. `memory`: for what
-// is rounded, of rounded_size values.
-template <class In>
-void pack(
-    int64_t depth, int64_t cols, Matrix<In> in, bfloat16_t* memory, bfloat16_t* panels,
-    int64_t size) {
-  const Matrix<bfloat16_t> b = rounded(depth, cols, in, memory);
-  kernels().bf16_pairs.pack_pairs(depth, cols, b.data, b.row, b.col, panels, size);
+void pack(int64_t depth, int64_t cols, Matrix<In> b, bfloat16_t* panels, int64_t size) {
+  if constexpr (std::is_same_v<In, float>) {
+    kernels().amx.pack_rounded(depth, cols, b.data, b.row, b.col, panels, size);
+  } else {
+    kernels().bf16_pairs.pack_pairs(depth, cols, b.data, b.row, b.col, panels, size);
+  }
   const int64_t filled = round_up(depth, 2), whole = round_up(depth, kTerms);
   if (filled < whole) {
     for (int64_t j = 0; j < cols; j += kPanel, panels += size) {
       std::fill_n(panels + filled * kPanel, (whole - filled) * kPanel, bfloat16_t{});
     }
+  }
+}
+
+template <class In>
+void copy(int64_t rows, int64_t k, Matrix<In> a, bfloat16_t* out, int64_t out_row) {
+  if constexpr (std::is_same_v<In, float>) {
+    kernels().amx.copy_rounded(rows, k, a.data, a.row, a.col, out, out_row);
+  } else {
+    kernels().amx.copy(rows, k, a.data, a.row, a.col, out, out_row);
   }
 }
 
@@ -112,11 +107,12 @@ class Product {
         act_(act),
         out_(out),
         out_row_(out_row),
+        by_runs_(m <= kEdge && b.col != 1),
+        deepest_(std::min(by_runs_ ? kRunDepth : kDepth, round_up(k, kTerms))),
+        copy_row_(deepest_ + kTerms),
         last_(k % kTerms ? m * kTerms : 0) {
     if (const int64_t rest = k % kTerms; rest > 0) {
-      const Scratch<bfloat16_t> memory(rounded_size<In>(m, rest));
-      const Matrix<bfloat16_t> from = rounded(m, rest, a.at(0, k - rest), memory.get());
-      kernels().bf16_pairs.copy(m, rest, from.data, from.row, from.col, last_.get(), kTerms);
+      copy(m, rest, a.at(0, k - rest), last_.get(), kTerms);
     }
   }
 
@@ -129,10 +125,12 @@ class Product {
       int64_t i, int64_t rows, int64_t j, int64_t cols, int64_t p, int64_t depth,
       bfloat16_t* a_copy, const bfloat16_t* panels, int64_t size, float* sums,
       int64_t sums_row) const {
-    Matrix<bfloat16_t> a = rounded(rows, depth, a_.at(i, p), a_copy + (copies_a() ? kCopySize : 0));
+    const Matrix<In> from = a_.at(i, p);
+    Matrix<bfloat16_t> a = {a_copy, copy_row_, 1};
     if (copies_a()) {
-      kernels().amx.copy(rows, depth / kTerms * kTerms, a.data, a.row, a.col, a_copy, kCopyRow);
-      a = {a_copy, kCopyRow, 1};
+      copy(rows, depth / kTerms * kTerms, from, a_copy, copy_row_);
+    } else if constexpr (!std::is_same_v<In, float>) {
+      a = from;
     }
     const bool ends = p + depth == k_;
     Out* out = ends ? out_ + i * out_row_ + j : nullptr;
@@ -147,15 +145,9 @@ class Product {
         rows, cols, depth, a.data, a.row, last_.get() + i * kTerms, panels, size, sums, sums_row,
         p > 0, ends && bias_ ? bias_ + j : nullptr, act_, out, out_row_);
   }
-  bool copies_a() const { return a_.col != 1; }
-
-  // For the rows of one pass: a copy with contiguous rows, and what is rounded.
-  int64_t copy_size() const {
-    return (copies_a() ? kCopySize : 0) + rounded_size<In>(kRows, kDepth);
-  }
-
-  static constexpr int64_t kCopyRow = kDepth + kTerms;  // an odd number of lines
-  static constexpr int64_t kCopySize = kRows * kCopyRow;
+  // For the rows of one pass: a copy with contiguous rows of bfloat16.
+  bool copies_a() const { return std::is_same_v<In, float> || a_.col != 1; }
+  int64_t copy_size() const { return copies_a() ? std::min(m_, kRows) * copy_row_ : 0; }
 
   int64_t m_, n_, k_;
   Matrix<In> a_, b_;
@@ -163,25 +155,27 @@ class Product {
   Activation act_;
   Out* out_;
   int64_t out_row_;
+  bool by_runs_;
+  int64_t deepest_;           // terms of one pass
+  int64_t copy_row_;          // of a copy of a: an odd number of lines
   Scratch<bfloat16_t> last_;  // the last terms of every row, where they are no whole tile
 };
 
 // Each thread packs columns of its own, a pass at a time: what it packs is still in cache then.
 template <class In, class Out>
 void Product<In, Out>::by_columns(int64_t threads) {
-  const int64_t blocks = std::max(threads, ceil_div(n_, kColumns));
+  const int64_t blocks = std::max(threads, ceil_div(n_, by_runs_ ? kPanel : kColumns));
   const int64_t cols = std::min(n_, round_up(ceil_div(n_, blocks), kPanel));
-  const int64_t size = panel_size(std::min(kDepth, round_up(k_, kTerms)));
+  const int64_t size = panel_size(deepest_);
   const int64_t sums_row = round_up(cols, kPanel) + kEdge;
   const auto task = [&](int64_t j) {
     const int64_t width = std::min(cols, n_ - j);
     const Scratch<bfloat16_t> panels(ceil_div(width, kPanel) * size);
-    const Scratch<float> sums(k_ > kDepth ? m_ * sums_row : 0);
+    const Scratch<float> sums(k_ > deepest_ ? m_ * sums_row : 0);
     const Scratch<bfloat16_t> a_copy(copy_size());
-    const Scratch<bfloat16_t> memory(rounded_size<In>(kDepth, width));
-    for (int64_t p = 0; p < k_; p += kDepth) {
-      const int64_t depth = std::min(kDepth, k_ - p);
-      pack(depth, width, b_.at(p, j), memory.get(), panels.get(), size);
+    for (int64_t p = 0; p < k_; p += deepest_) {
+      const int64_t depth = std::min(deepest_, k_ - p);
+      pack(depth, width, b_.at(p, j), panels.get(), size);
       pass(0, m_, j, width, p, depth, a_copy.get(), panels.get(), size, sums.get(), sums_row);
     }
   };
@@ -204,8 +198,8 @@ template <class In, class Out>
 void Product<In, Out>::by_rows(int64_t threads) {
   const bool flat = k_ <= kFlatTerms;
   const int64_t wide = std::min(flat ? kFlatColumns : kColumns, n_), deep = std::min(kDeep, k_);
-  const int64_t panels = ceil_div(wide, kPanel), chunks = ceil_div(deep, kDepth);
-  const int64_t size = panel_size(std::min(kDepth, round_up(deep, kTerms)));
+  const int64_t panels = ceil_div(wide, kPanel), chunks = ceil_div(deep, deepest_);
+  const int64_t size = panel_size(deepest_);
   // Rows are shared first, as whoever shares columns reads the same rows.
   const int64_t row_shares = std::min(threads, ceil_div(m_, 2 * kEdge));
   const int64_t col_shares = std::min(threads / row_shares, panels);
@@ -215,32 +209,30 @@ void Product<In, Out>::by_rows(int64_t threads) {
   // Sums of all rows where the terms are packed in several parts, else of those of one pass.
   const bool keeps_all = k_ > deep;
   const int64_t sums_row = round_up(wide, kPanel) + kEdge;
-  const int64_t sums_size = k_ > kDepth ? (keeps_all ? rows : std::min(rows, kRows)) * sums_row : 0;
+  const int64_t sums_size =
+      k_ > deepest_ ? (keeps_all ? rows : std::min(rows, kRows)) * sums_row : 0;
 
   const Scratch<bfloat16_t> packed(chunks * panels * size);
   const Scratch<float> sums(tasks * sums_size);
   const Scratch<bfloat16_t> a_copies(tasks * copy_size());
   constexpr int64_t kTogether = 4;  // panels that are packed in one go, from runs of 512 bytes
-  constexpr int64_t kMemory = rounded_size<In>(kDepth, kTogether * kPanel);
-  const Scratch<bfloat16_t> memory(threads * kMemory);  // here, as the region must not throw
 
   Team::run(threads, [&](const Team& team) {
     for (int64_t j = 0; j < n_; j += wide) {
       const int64_t width = std::min(wide, n_ - j), here = ceil_div(width, kPanel);
       for (int64_t first = 0; first < k_; first += deep) {
-        const int64_t terms = std::min(deep, k_ - first), parts = ceil_div(terms, kDepth);
+        const int64_t terms = std::min(deep, k_ - first), parts = ceil_div(terms, deepest_);
         const int64_t groups = ceil_div(here, kTogether);
         if (j > 0 || first > 0) {
           team.barrier();  // the others have read what is packed over now
         }
-        bfloat16_t* own_memory = memory.get() + team.share(threads).first * kMemory;
         const auto [unit, last_unit] = team.share(parts * groups);
         for (int64_t u = unit; u < last_unit; ++u) {
           const int64_t part = u / groups, panel = u % groups * kTogether;
-          const int64_t p = first + part * kDepth, at = panel * kPanel;
+          const int64_t p = first + part * deepest_, at = panel * kPanel;
           pack(
-              std::min(kDepth, k_ - p), std::min(kTogether * kPanel, width - at), b_.at(p, j + at),
-              own_memory, packed.get() + (part * panels + panel) * size, size);
+              std::min(deepest_, k_ - p), std::min(kTogether * kPanel, width - at),
+              b_.at(p, j + at), packed.get() + (part * panels + panel) * size, size);
         }
         team.barrier();
         const auto [task, last_task] = team.share(tasks);
@@ -255,9 +247,9 @@ void Product<In, Out>::by_rows(int64_t threads) {
           for (int64_t i = begin; i < end; i += pass_rows) {
             float* own = sums.get() + t * sums_size + (keeps_all ? (i - begin) * sums_row : 0);
             for (int64_t part = 0; part < parts; ++part) {
-              const int64_t p = first + part * kDepth;
+              const int64_t p = first + part * deepest_;
               pass(
-                  i, std::min(pass_rows, end - i), j + at, cols, p, std::min(kDepth, k_ - p),
+                  i, std::min(pass_rows, end - i), j + at, cols, p, std::min(deepest_, k_ - p),
                   a_copies.get() + t * copy_size(), packed.get() + (part * panels + q) * size, size,
                   sums_size > 0 ? own : nullptr, sums_row);
             }

@@ -178,10 +178,18 @@ struct PairKernels {
 
 // Products on AMX; all null where there is none.
 struct AmxKernels {
-  // out (rows, k) = in, a copy with unit column stride of a k that is a multiple of 32.
+  // out (rows, k) = in, a copy with unit column stride; zeros up to the next multiple of 32
+  // columns.
   void (*copy)(
       int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col,
       bfloat16_t* out, int64_t out_row);
+  // The same, and PairKernels::pack_pairs, of float32, rounded on the way as PyTorch rounds it.
+  void (*copy_rounded)(
+      int64_t rows, int64_t k, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+      int64_t out_row);
+  void (*pack_rounded)(
+      int64_t rows, int64_t cols, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+      int64_t panel_size);
   // out (m, cols) = act(c0 + a (m, k) @ b (k, cols) + bias), rounded once; if out is null, sums (m,
   // cols) without bias and act instead. c0 = sums if `accumulate` else 0. a has unit column stride;
   // its last k % 32 terms are read from `last` (m, 32), zeros behind them. b: panels as

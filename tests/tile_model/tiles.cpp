@@ -147,6 +147,16 @@ const char* copy(
     int64_t out_row) {
   return checked([&] { kAmx.copy(rows, k, in, in_row, in_col, out, out_row); });
 }
+const char* copy_rounded(
+    int64_t rows, int64_t k, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+    int64_t out_row) {
+  return checked([&] { kAmx.copy_rounded(rows, k, in, in_row, in_col, out, out_row); });
+}
+const char* pairs_rounded(
+    int64_t rows, int64_t cols, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+    int64_t panel_size) {
+  return checked([&] { kAmx.pack_rounded(rows, cols, in, in_row, in_col, out, panel_size); });
+}
 const char* pairs(
     int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
     bfloat16_t* out, int64_t panel_size) {

@@ -294,9 +294,52 @@ void amx_block(
   tile_release();
 }
 
+// Pairs of bfloat16 in the lanes of a vector: of two rows, the even one below; float32 is rounded.
+INLINE vec<float> row_pairs(const bfloat16_t* even, const bfloat16_t* odd) {
+  return (vec<float>)(((u32)load(even) >> 16) | (u32)load(odd));
+}
+INLINE vec<float> row_pairs(vec<float> even, vec<float> odd) {
+#if MYLAYERS_LEVEL == 2
+  alignas(64) constexpr uint16_t kInTurn[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vec<float>)_mm512_permutexvar_epi16(
+      _mm512_load_si512(kInTurn), two_rounded((__m512)even, (__m512)odd));
+#else
+  return (vec<float>)(widen(bfloat16_bits(even)) | widen(bfloat16_bits(odd)) << 16);
+#endif
+}
+INLINE vec<float> row_pairs(const float* even, const float* odd) {
+  return row_pairs(load(even), load(odd));
+}
+
+// The same of n terms that follow each other, `stride` apart; zeros behind them.
+template <class In>
+INLINE vec<float> run_pairs(const In* x, int64_t stride, int64_t n) {
+  constexpr int64_t L = kLanes<float>;
+  bfloat16_t pairs[2 * L] = {};
+  if constexpr (std::is_same_v<In, bfloat16_t>) {
+    for (int64_t p = 0; p < n; ++p) {
+      pairs[p] = x[p * stride];
+    }
+  } else {
+    const int below = static_cast<int>(n < L ? n : L), above = static_cast<int>(n - below);
+    const vec<float> first = load_strided(x, stride, below);
+    const vec<float> second =
+        above > 0 ? load_strided(x + L * stride, stride, above) : vec<float>{};
+#if MYLAYERS_LEVEL == 2
+    return (vec<float>)two_rounded((__m512)first, (__m512)second);
+#else
+    store(pairs, first);
+    store(pairs + L, second);
+#endif
+  }
+  return load_bits<vec<float>>(pairs);
+}
+
 // A square of 16 columns of 32 terms, `in_row` from one term to the next, as 16 rows of 32 terms.
-INLINE void transpose_terms(
-    const bfloat16_t* in, int64_t in_row, bfloat16_t* out, int64_t out_row) {
+template <class In>
+INLINE void transpose_terms(const In* in, int64_t in_row, bfloat16_t* out, int64_t out_row) {
   constexpr int L = kLanes<float>;
   UNROLL
   for (int part = 0; part < kTileEdge; part += L) {
@@ -305,8 +348,8 @@ INLINE void transpose_terms(
       vec<float> square[L];
       UNROLL
       for (int l = 0; l < L; ++l) {
-        const bfloat16_t* even = in + 2 * (p + l) * in_row + part;
-        square[l] = (vec<float>)(((u32)load(even) >> 16) | (u32)load(even + in_row));
+        const In* even = in + 2 * (p + l) * in_row + part;
+        square[l] = row_pairs(even, even + in_row);
       }
       transpose<float>(square);
       UNROLL
@@ -318,20 +361,74 @@ INLINE void transpose_terms(
 }
 
 // See AmxKernels in kernels.h.
+template <class In>
 void amx_copy(
-    int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+    int64_t rows, int64_t k, const In* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
     int64_t out_row) {
+  constexpr int64_t kRun = 2 * kLanes<float>;
   const int64_t squares = in_row == 1 ? rows / kTileEdge * kTileEdge : 0;
+  const int64_t whole = k / kTileTerms * kTileTerms;
+  const int64_t filled = (k + kTileTerms - 1) / kTileTerms * kTileTerms;
   for (int64_t i = 0; i < squares; i += kTileEdge) {
-    for (int64_t p = 0; p < k; p += kTileTerms) {
+    for (int64_t p = 0; p < whole; p += kTileTerms) {
       transpose_terms(in + i + p * in_col, in_col, out + i * out_row + p, out_row);
     }
   }
-  for (int64_t i = squares; i < rows; ++i) {
-    for (int64_t p = 0; p < k; ++p) {
-      out[i * out_row + p] = in[i * in_row + p * in_col];
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t p = i < squares ? whole : 0; p < filled; p += kRun) {
+      const int64_t n = k - p < 0 ? 0 : k - p < kRun ? k - p : kRun;
+      const vec<float> pairs = run_pairs(in + i * in_row + p * in_col, in_col, n);
+      std::memcpy(out + i * out_row + p, &pairs, sizeof(pairs));
     }
   }
 }
 
-constexpr AmxKernels kAmx = {amx_copy, amx_block<bfloat16_t>, amx_block<float>};
+// As pack_pairs, of float32 that is rounded on the way.
+void amx_pack_rounded(
+    int64_t rows, int64_t cols, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
+    int64_t panel_size) {
+  constexpr int64_t L = kLanes<float>, kPairRow = 2 * kPanel, kBand = 4;
+  const auto keep = [](bfloat16_t* to, vec<float> pairs) {
+    std::memcpy(to, &pairs, sizeof(pairs));
+  };
+  const int64_t filled = (cols + kTileEdge - 1) / kTileEdge * kTileEdge;
+  if (in_row != 1 || in_col == 1) {
+    for (int64_t r = 0; r < rows; r += kBand) {
+      for (int64_t c = 0; c < filled; c += L) {
+        const int n = static_cast<int>(cols - c < 0 ? 0 : cols - c < L ? cols - c : L);
+        bfloat16_t* to = out + c / kPanel * panel_size + 2 * (c % kPanel);
+        for (int64_t i = r; i < rows && i < r + kBand; i += 2) {
+          const float* even = in + i * in_row + c * in_col;
+          const bool two = i + 1 < rows;
+          prefetch(even, kBand * in_row);
+          prefetch(even + in_row, kBand * in_row);
+          keep(
+              to + i / 2 * kPairRow,
+              row_pairs(
+                  load_strided(even, in_col, n),
+                  two ? load_strided(even + in_row, in_col, n) : vec<float>{}));
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < filled; c += L) {
+    bfloat16_t* to = out + c / kPanel * panel_size + 2 * (c % kPanel);
+    for (int64_t r = 0; r < rows; r += 2 * L) {
+      const int64_t n = rows - r < 2 * L ? rows - r : 2 * L;
+      vec<float> square[L];
+      UNROLL
+      for (int64_t l = 0; l < L; ++l) {
+        square[l] = c + l < cols ? run_pairs(in + r + (c + l) * in_col, 1, n) : vec<float>{};
+      }
+      transpose<float>(square);
+      for (int64_t l = 0; l < L && 2 * l < n; ++l) {
+        keep(to + (r / 2 + l) * kPairRow, square[l]);
+      }
+    }
+  }
+}
+
+constexpr AmxKernels kAmx = {
+    amx_copy<bfloat16_t>, amx_copy<float>, amx_pack_rounded, amx_block<bfloat16_t>,
+    amx_block<float>};
