@@ -1,5 +1,5 @@
 // bfloat16 products on AMX: tiles of 16 rows of 64 bytes, multiplied 16 x 16 x 32 at a time.
-// Part of kernels.inl, whose vectors and activations it uses.
+// Part of kernels-inl.h, whose vectors and activations it uses.
 //
 // Every sum follows one order: 32 terms of k at a time, from the first, whatever the rows, columns
 // and calls: a chain of the even terms, one of the odd, both from zero, and the sum of the two is
