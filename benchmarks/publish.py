@@ -31,7 +31,7 @@ BEGIN, END = "<!-- python -m benchmarks.publish -->", "<!-- end -->"
 FOLLOWS = {"size", "operations", "bytes", "best_peer", "share_of_limit"}
 KEPT = tuple(name for name in record.COLUMNS if name not in FOLLOWS)
 OF_THE_CASE = {"remeasured", "limit_seconds", "limited_by"}  # on the subject's row alone
-DIGITS = 4  # of a figure: ten times finer than quartiles differ
+DIGITS = 4  # of a figure: ten times finer than quartiles differ; the seconds tell the best peer
 LISTED = 12  # of the cases below 1
 SHOWN = {
     "linear-forward": (
@@ -148,7 +148,7 @@ def write(published: Published, folder: Path) -> None:
     for result in published.results:
         for row in record.rows_of(result):
             left_out = OF_THE_CASE if row["candidate"] != SUBJECT else ()
-            table.writerow({k: _kept(v) for k, v in row.items() if k not in left_out})
+            table.writerow({k: _kept(k, v) for k, v in row.items() if k not in left_out})
     (folder / "results.csv").write_text(text.getvalue())
     runs = "\n".join(record.lines_of({"runs": list(published.runs)}, depth=4))
     (folder / "run.json").write_text(runs + "\n")
@@ -187,7 +187,9 @@ def section(each: Published) -> str:
         _table(["run", *(_date(run) for run in each.runs)], _machine_rows(each)),
         f"![Speed-up over the best peer on {each.name}]({folder}/speedups.png)",
         f"![Roofline of products on {each.name}]({folder}/roofline.png)",
-        "Mean speed-up over the best peer (geometric, over all shapes), " + _with_threads(each) + ":",
+        "Mean speed-up over the best peer (geometric, over all shapes), "
+        + _with_threads(each)
+        + ":",
         _means(each),
         _below_one(each),
         *(
@@ -213,8 +215,8 @@ def pages(all_of_them: Sequence[Published]) -> dict[Path, str]:
     return written
 
 
-def _kept(value: Any) -> Any:
-    if isinstance(value, float):
+def _kept(name: str, value: Any) -> Any:
+    if isinstance(value, float) and name != "seconds":
         return float(f"{value:.{DIGITS}g}")
     return "" if value is False else value
 
@@ -330,18 +332,16 @@ def _below_one(each: Published) -> str:
 
 def _shapes(each: Published, suite: str, shapes: Sequence[str]) -> str | None:
     found = {
-        str(result.case.shape): result
-        for result in _of(each, suite, "float32", each.threads[0])
+        str(result.case.shape): result for result in _of(each, suite, "float32", each.threads[0])
     }
     baseline = SUITES[suite].baseline
     rows = []
     for shape in shapes:
         if (result := found.get(shape)) is not None:
-            microseconds = 1e6 * result.seconds[SUBJECT].median
             rows.append(
                 [
                     shape,
-                    f"{microseconds:,.1f}",
+                    report.microseconds(result.seconds[SUBJECT].median),
                     _spread(result.ratios[baseline]),
                     f"{_spread(result.best_ratio)} {result.best_peer}",
                 ]
@@ -349,7 +349,13 @@ def _shapes(each: Published, suite: str, shapes: Sequence[str]) -> str | None:
     if not rows:
         return None
     title = f"{_title(suite)}, float32, threads: {each.threads[0]}:"
-    return title + "\n\n" + _table(["shape", "µs a step", f"speed-up over {baseline}", "speed-up over the best peer"], rows)
+    return (
+        title
+        + "\n\n"
+        + _table(
+            ["shape", "µs a step", f"speed-up over {baseline}", "speed-up over the best peer"], rows
+        )
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
