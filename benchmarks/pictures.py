@@ -248,7 +248,9 @@ def _trend(results: Sequence[Result]) -> tuple[list[float], list[float]]:
 
 def _legend(figure: Figure) -> None:
     # Nowhere inside is sure to be empty.
-    figure.legend(loc="outside lower center", ncols=len(MARKS), **LEGEND)
+    legend = figure.legend(loc="outside lower center", ncols=len(MARKS), **LEGEND)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
 
 
 def _name(axes: Axes, point: tuple[float, float], text: str) -> None:

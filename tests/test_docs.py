@@ -62,7 +62,8 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
     (tmp_path / "other.md").write_text("# A `code` heading, twice\n## Twice\n## Twice\n")
     page.write_text(
-        "# Here\n[a](other.md) [b](other.md#a-code-heading-twice) [c](other.md#twice-1) [d](#here)\n"
+        "# Here\n[a](other.md) [b](other.md#a-code-heading-twice) [c](other.md#twice-1)\n"
+        "[d](#here)\n"
         "[e](https://example.org) ![f](no.png) [g](other.md#twice-2) [h](#there)\n"
         "```\n[i](no.md)\n```\n"
     )
