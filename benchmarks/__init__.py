@@ -9,5 +9,6 @@
 - ``record``: what a run has measured so far, written as it goes;
 - ``report``: tables and summaries;
 - ``pictures``: what is read in ten seconds;
+- ``publish``: what of it is kept in the repository, and the pages that show it;
 - ``__main__``: the command line.
 """

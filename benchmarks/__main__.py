@@ -16,7 +16,7 @@ from benchmarks.cases import DTYPES, FAMILIES, SUITES, names, suites
 from benchmarks.measure import GRAPHED, THRESHOLD, Case, VerificationError, measure
 from benchmarks.record import Record, RecordError, difference
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = Path(__file__).resolve().parent / "runs"
 SECONDS = 0.6  # of timing for a case
 QUICK_SECONDS = 0.3
 WIDTH = 180  # of the tables, where no terminal tells its own
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument(
-        "--out", type=Path, help="folder for the results; default: benchmarks/results/MACHINE-TIME"
+        "--out", type=Path, help="folder for the results; default: benchmarks/runs/MACHINE-TIME"
     )
     folder.add_argument(
         "--resume",
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 soft_wrap=True,
             )
         if record is None:
-            out = out or RESULTS / machine.folder_name(here, options.quick)
+            out = out or RUNS / machine.folder_name(here, options.quick)
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:

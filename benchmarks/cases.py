@@ -65,6 +65,19 @@ class Shape:
             return " ".join(filter(None, (sizes, self.activation, self.obstacle)))
         return sizes if self.dim is None else f"{sizes} dim={','.join(map(str, self.dim))}"
 
+    @classmethod
+    def read(cls, text: str) -> "Shape":
+        """The shape that is written so; the inverse of ``str``."""
+        sizes, *rest = text.split(" ", 1)
+        runs = [part.partition("^") for part in sizes.split("x")]
+        known = tuple(int(size) for size, _, times in runs for _ in range(int(times or 1)))
+        if not rest:
+            return cls(known)
+        if rest[0].startswith("dim="):
+            return cls(known, tuple(map(int, rest[0].removeprefix("dim=").split(","))))
+        activation, _, obstacle = rest[0].partition(" ")
+        return cls(known, None, activation, obstacle or None)
+
     @property
     def options(self) -> dict[str, Any]:
         """The arguments beside the tensors."""

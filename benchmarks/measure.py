@@ -94,7 +94,7 @@ class Result:
     @property
     def best_peer(self) -> str:
         """The fastest candidate beside ``mylayers``."""
-        peers = self.ratios.keys() - self.yardsticks
+        peers = [name for name in self.ratios if name not in self.yardsticks]
         return min(peers, key=lambda name: self.seconds[name].median)
 
     @property

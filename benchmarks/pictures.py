@@ -3,8 +3,10 @@
 They are read at 800 pixels, on light pages and on dark ones: their background is white.
 """
 
+import io
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.cases import DTYPES, SUBJECT
 from benchmarks.limits import Limits
@@ -20,6 +23,7 @@ from benchmarks.measure import Result
 
 SIZE = (8, 4.5)  # inches, so that a point of text is a seventieth of them
 DPI = 200
+COLORS = 64  # of a file's palette: a third of the bytes, and nobody sees it
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -66,21 +70,25 @@ def draw(
         }
         for name, figure in figures.items():
             if figure is not None:
-                figure.savefig(out / name, dpi=DPI)
+                _save(figure, out / name)
                 files.append(out / name)
     return files
 
 
 def speedups(results: Sequence[Result], where: str) -> Figure:
-    """How many times faster than the best peer, over the operations of a step; the line at 1.
+    """Speed-up over the best peer, over the operations of a step; the line at 1.
+
+    A line for each dtype is the mean of its marks in each decade of work.
 
     Args:
         results: each of which is a mark.
         where: they were measured, for the title.
     """
     figure, axes = _figure()
-    threads = _and(f"{each}" for each in sorted({result.case.threads for result in results}))
-    axes.set_title(f"Speed-up over the best peer\n{where}, threads: {threads}", loc="left")
+    threads = _threads({result.case.threads for result in results})
+    faster = sum(result.best_ratio.median >= 1 for result in results)
+    title = f"{faster:,} of {len(results):,} cases at least as fast as the best peer"
+    axes.set_title(f"{title}\n{where}, {threads}", loc="left")
     for dtype, (color, mark) in MARKS.items():
         group = [result for result in results if result.case.dtype == dtype]
         if group:
@@ -91,15 +99,16 @@ def speedups(results: Sequence[Result], where: str) -> Figure:
                 ratios,
                 mark,
                 color=color,
-                markersize=4.5,
+                markersize=4,
                 markeredgewidth=0,
-                alpha=0.65,
+                alpha=0.4,
                 label=f"{dtype}, mean {mean:.2f}x",
             )
+            axes.plot(*_trend(group), color=color, linewidth=2.2, label=f"_{dtype}")
     axes.axhline(1, color="black", linewidth=1.2)
     worst = min(results, key=lambda result: result.best_ratio.median)
     ratio = worst.best_ratio.median
-    _logarithmic(axes, "operations of a step", "times as fast as the best peer", base=2)
+    _logarithmic(axes, "work: operations of a step", "speed-up over the best peer", base=2)
     _name(
         axes,
         (_operations(worst), ratio),
@@ -133,7 +142,9 @@ def roofline(results: Sequence[Result], limits: Mapping[int, Limits], where: str
         return None
     known = limits[threads]
     figure, axes = _figure()
-    axes.set_title(f"Products under their roofs\n{where}, threads: {threads}", loc="left")
+    reached = statistics.median(_share(result) for result in shown)
+    title = f"Half of the products reach {reached:.0%} of their roof or more"
+    axes.set_title(f"{title}\n{where}, {_threads({threads})}", loc="left")
     places = [_intensity(result) for result in shown]
     left, right = min(places) / 1.5, max(places) * 1.5
     rates: list[float] = []
@@ -168,7 +179,7 @@ def roofline(results: Sequence[Result], limits: Mapping[int, Limits], where: str
         axes.text(
             left * 1.05,
             left * 1.15 * bandwidth,
-            f"copies in {label}",
+            f"{label} bandwidth",
             color="0.35",
             fontsize="small",
             rotation=math.degrees(math.atan(bandwidth)),  # as the line has it before scaling
@@ -187,7 +198,7 @@ def roofline(results: Sequence[Result], limits: Mapping[int, Limits], where: str
             color=MARKS[dtypes[0]][0],
             fontsize="small",
         )
-    _logarithmic(axes, "operations a byte that must move", "billion operations a second", base=10)
+    _logarithmic(axes, "operations for each byte that must move", "GFLOP/s", base=10)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(left, right)
     axes.set_ylim(min(rates) / 2, highest * 2)
@@ -216,9 +227,30 @@ def _logarithmic(axes: Axes, across: str, up: str, base: int) -> None:
     axes.set_axisbelow(True)
 
 
+def _save(figure: Figure, file: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    colors = Image.open(drawn).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    colors.save(file, optimize=True)
+
+
+def _trend(results: Sequence[Result]) -> tuple[list[float], list[float]]:
+    """Geometric means of work and speed-up in each decade of work."""
+    decades = defaultdict(list)
+    for result in results:
+        decades[int(math.log10(_operations(result)))].append(result)
+    groups = [group for _, group in sorted(decades.items())]
+    return (
+        [statistics.geometric_mean(map(_operations, group)) for group in groups],
+        [statistics.geometric_mean(each.best_ratio.median for each in group) for group in groups],
+    )
+
+
 def _legend(figure: Figure) -> None:
     # Nowhere inside is sure to be empty.
-    figure.legend(loc="outside lower center", ncols=len(MARKS), **LEGEND)
+    legend = figure.legend(loc="outside lower center", ncols=len(MARKS), **LEGEND)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
 
 
 def _name(axes: Axes, point: tuple[float, float], text: str) -> None:
@@ -230,6 +262,10 @@ def _name(axes: Axes, point: tuple[float, float], text: str) -> None:
     axes.set_ylim(scale.inverted().transform(bottom - 0.14 * (top - bottom)), high)
     text = f"\N{WHITE CIRCLE} {text}"
     axes.text(0.01, 0.04, text, transform=axes.transAxes, fontsize="small")
+
+
+def _threads(numbers: Iterable[int]) -> str:
+    return f"threads: {_and(map(str, sorted(numbers)))}"
 
 
 def _and(words: Iterable[str]) -> str:

@@ -54,7 +54,7 @@ class Record:
             document = json.loads((folder / "run.json").read_text())
             self.machine: dict[str, Any] = document["machine"]
             self.options: dict[str, Any] = document["options"]
-            self.limits = {made["threads"]: _limits(made) for made in document["limits"]}
+            self.limits = {made["threads"]: limits_of(made) for made in document["limits"]}
         except OSError as error:
             raise RecordError(f"no run to go on with: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -94,7 +94,7 @@ class Record:
         (folder / "results.csv").touch(exist_ok=False)  # or it would be another run's
         # Renamed when it is complete: whoever finds it can go on.
         unfinished = folder / "run.json.new"
-        unfinished.write_text("\n".join(_lines(document)) + "\n")
+        unfinished.write_text("\n".join(lines_of(document)) + "\n")
         unfinished.rename(folder / "run.json")
         return cls(folder)
 
@@ -105,7 +105,7 @@ class Record:
     def append(self, result: Result) -> None:
         """Write the rows of a case; they are there whatever becomes of this process."""
         text = io.StringIO()
-        csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(_rows(result))
+        csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(rows_of(result))
         self._file.write(text.getvalue())
         self._file.flush()
 
@@ -124,7 +124,7 @@ class Record:
         for key, rows in itertools.groupby(csv.DictReader(self._file), _key_of_row):
             if key not in known:
                 raise RecordError(f"{self.folder} has a case that is none of this run: {key}")
-            found[key] = _result(known[key], list(rows))
+            found[key] = result_of(known[key], list(rows))
         return [found[key] for key in known if key in found]
 
     def _drop_what_is_unfinished(self) -> None:
@@ -175,7 +175,7 @@ def _key_of_row(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("suite", "shape", "dtype", "device", "threads"))
 
 
-def _rows(result: Result) -> Iterator[dict[str, Any]]:
+def rows_of(result: Result) -> Iterator[dict[str, Any]]:
     """One row for each candidate, the subject's, whose ratio to itself is 1, at the end."""
     moved = result.work.elements * DTYPES[result.case.dtype].itemsize
     shared = dataclasses.asdict(result.case) | {
@@ -213,15 +213,22 @@ def _spread(row: Mapping[str, str], name: str) -> Spread:
     return Spread(*(float(row[name + end]) for end in ("", "_low", "_high")))
 
 
-def _result(case: Case, rows: Sequence[Mapping[str, str]]) -> Result:
+def result_of(case: Case, rows: Sequence[Mapping[str, str]]) -> Result:
+    """A case from its rows.
+
+    Args:
+        case: what was measured.
+        rows: all of one case, the subject's at the end.
+    """
     timed = [row for row in rows if not row["left_out"]]
     peers, own = timed[:-1], timed[-1]
-    suite = suites(case.place)[case.suite]
+    layer = suites(case.place)[case.suite].layer
+    gradients = suites(case.place)[case.suite].gradients_at(case.shape)
     limited = own["limited_by"]
     return Result(
         case=case,
-        size=int(own["size"]),
-        work=suite.layer.work(case.shape, suite.gradients_at(case.shape)),
+        size=layer.size(case.shape),
+        work=layer.work(case.shape, gradients),
         limit=Limit(float(own["limit_seconds"]), limited) if limited else None,
         rounds=int(own["rounds"]),
         remeasured=own["remeasured"] == "True",
@@ -234,7 +241,8 @@ def _result(case: Case, rows: Sequence[Mapping[str, str]]) -> Result:
     )
 
 
-def _limits(made: Mapping[str, Any]) -> Limits:
+def limits_of(made: Mapping[str, Any]) -> Limits:
+    """The limits of one number of threads, as a run's JSON has them."""
     numbered = {
         name: {int(key): value for key, value in made[name].items()} for name in ("copy", "nodes")
     }
@@ -247,7 +255,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def _lines(value: Any, depth: int = 2, indent: str = "") -> Iterable[str]:
+def lines_of(value: Any, depth: int = 2, indent: str = "") -> Iterable[str]:
     """JSON whose outermost levels have a line for each entry."""
     if not depth or not isinstance(value, dict | list) or not value:
         yield json.dumps(value)
@@ -256,7 +264,7 @@ def _lines(value: Any, depth: int = 2, indent: str = "") -> Iterable[str]:
     entries = list(value.items()) if named else [("", each) for each in value]
     yield "{" if named else "["
     for number, (name, each) in enumerate(entries, start=1):
-        first, *rest = _lines(each, depth - 1, indent + " ")
+        first, *rest = lines_of(each, depth - 1, indent + " ")
         lines = [indent + " " + (f"{json.dumps(name)}: " if named else "") + first, *rest]
         lines[-1] += "," if number < len(entries) else ""
         yield from lines

@@ -48,7 +48,7 @@ def table(suite: Suite, results: Sequence[Result]) -> Table:
         ratio = result.best_ratio.median
         made.add_row(
             str(result.case.shape),
-            _microseconds(result.seconds[SUBJECT].median),
+            microseconds(result.seconds[SUBJECT].median),
             *(_against(result, peer) for peer in peers),
             f"{result.best_peer} {_ratio(result.best_ratio)}",
             "-" if result.limit is None else f"{_share_of_limit(result, SUBJECT):.0%}",
@@ -175,7 +175,8 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     return line
 
 
-def _microseconds(seconds: float) -> str:
+def microseconds(seconds: float) -> str:
+    """A time in microseconds, for tables."""
     value = 1e6 * seconds
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
@@ -193,7 +194,7 @@ def _against(result: Result, peer: str) -> str:
         return "-"
     mark = "~" if peer in result.timed_once else ""
     seconds, ratio = result.seconds[peer].median, result.ratios[peer].median
-    return f"{mark}{_microseconds(seconds)} {_times(ratio):>5}"
+    return f"{mark}{microseconds(seconds)} {_times(ratio):>5}"
 
 
 def _share_of_limit(result: Result, candidate: str) -> float | None:

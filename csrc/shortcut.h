@@ -1,4 +1,4 @@
-// Whether a call may skip the dispatcher (docs/design.md, "The way of one call").
+// Whether a call may skip the dispatcher (docs/decisions.md, "Calls that nobody watches").
 #pragma once
 
 #include <ATen/record_function.h>

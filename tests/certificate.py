@@ -1,8 +1,8 @@
 """On which of PyTorch's roads the layers go along, and which tests prove it.
 
 A test marked ``@pytest.mark.road("ONNX")`` is a proof of that road. ``python -m tests.certificate``
-runs the proofs and writes the tables of PAGES; a whole run of pytest ends in
-tests/test_roads.py, which fails where a road has no proof or a page another table than the run.
+runs the proofs and writes the table of PAGE; a whole run of pytest ends in tests/test_roads.py,
+which fails where a road has no proof or the page another table than the run.
 """
 
 import re
@@ -14,8 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- roads: python -m tests.certificate -->", "<!-- end of roads -->"
-# Page, and whether its table names the tests.
-PAGES = {"docs/roads.md": True, "README.md": False}
+PAGE = ROOT / "docs" / "compatibility.md"
 
 # What holds on each road, in the order of the table.
 ROADS = {
@@ -96,20 +95,14 @@ class Certificate:
             parts.append(f"**{count['failed']} failed**")
         return ", ".join(parts)
 
-    def table(self, with_tests: bool) -> str:
-        lines = [
-            "| road | what holds | cases |" + (" proved by |" if with_tests else ""),
-            "|---|---|---|" + ("---|" if with_tests else ""),
-        ]
+    def table(self) -> str:
+        lines = ["| road | what holds | cases | proved by |", "|---|---|---|---|"]
         for road, holds in ROADS.items():
-            line = f"| {road} | {holds} | {self.result(road)} |"
-            if with_tests:
-                files: dict[str, list[str]] = {}
-                for file, name in self.proofs[road]:
-                    files.setdefault(file, []).append(f"`{name.removeprefix('test_')}`")
-                line += " " + "; ".join(f"{f}: {', '.join(names)}" for f, names in files.items())
-                line += " |"
-            lines.append(line)
+            files: dict[str, list[str]] = {}
+            for file, name in self.proofs[road]:
+                files.setdefault(file, []).append(f"`{name.removeprefix('test_')}`")
+            proofs = "; ".join(f"{file}: {', '.join(names)}" for file, names in files.items())
+            lines.append(f"| {road} | {holds} | {self.result(road)} | {proofs} |")
         return "\n".join(lines)
 
     def unproved(self) -> list[str]:
@@ -121,13 +114,10 @@ class Certificate:
         ]
 
 
-def tables() -> dict[Path, tuple[str, bool]]:
-    """The pages' present tables, and whether they name tests."""
-    found = {}
-    for page, with_tests in PAGES.items():
-        _, _, rest = (ROOT / page).read_text().partition(BEGIN)
-        found[ROOT / page] = rest.partition(END)[0].strip(), with_tests
-    return found
+def written_table() -> str:
+    """The page's present table."""
+    _, _, rest = PAGE.read_text().partition(BEGIN)
+    return rest.partition(END)[0].strip()
 
 
 def whole_numbers(table: str) -> str:
@@ -138,14 +128,13 @@ def whole_numbers(table: str) -> str:
 
 
 def main() -> int:
-    """Run the proofs and write the tables; pytest's exit status."""
+    """Run the proofs and write the table; pytest's exit status."""
     certificate = Certificate()
     status = pytest.main(["-q", "-m", "road"], plugins=[certificate])
-    for page, (_, with_tests) in tables().items():
-        text = page.read_text()
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        page.write_text(f"{head}{BEGIN}\n{certificate.table(with_tests)}\n{END}{tail}")
-        print(page)
+    text = PAGE.read_text()
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{head}{BEGIN}\n{certificate.table()}\n{END}{tail}")
+    print(PAGE)
     return int(status)
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -1403,9 +1404,26 @@ def test_the_picture_of_speedups_has_a_line_at_1_and_names_the_worst_case(bench)
     }
     (axes,) = figure.axes
     assert [1, 1] in [list(line.get_ydata()) for line in axes.lines]
+    trends = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    # Each is alone in its decade of work.
+    for dtype, places in marks(figure).items():
+        assert trends[f"_{dtype}"] == [pytest.approx(place) for place in places]
     assert axes.get_title(loc="left") == (
-        "Speed-up over the best peer\nSome Cove, torch 1, threads: 1"
+        "2 of 3 cases at least as fast as the best peer\nSome Cove, torch 1, threads: 1"
     )
+
+
+def test_the_line_of_a_dtype_is_the_mean_in_each_decade_of_work(bench):
+    shapes = {(64, 100, 100): 4.0, (64, 200, 100): 1.0, (1, 5, 5): 3.0}
+    results = [
+        made_result(bench, shape, {"mylayers": 1.0, "notebook": ratio})
+        for shape, ratio in shapes.items()
+    ]
+    figure = bench.pictures.speedups(results, "Some Cove")
+    (axes,) = figure.axes
+    (trend,) = [line for line in axes.lines if line.get_label() == "_float32"]
+    together = [1_280_000 * math.sqrt(2), 2.0]
+    assert trend.get_xydata().tolist() == [pytest.approx([50, 3.0]), pytest.approx(together)]
 
 
 def test_the_roofline_is_of_the_most_threads_and_names_what_is_farthest_from_its_limit(bench):
@@ -1424,7 +1442,11 @@ def test_the_roofline_is_of_the_most_threads_and_names_what_is_farthest_from_its
     shares = {result.case.dtype: bench.pictures._share(result) for result in more}
     assert min(shares, key=shares.get) == "float32"
     *roofs, worst, first, second = texts(figure)
-    assert roofs == ["copies in cache", "copies in memory", "float32 and bfloat16 peak"]
+    assert roofs == ["cache bandwidth", "memory bandwidth", "float32 and bfloat16 peak"]
+    (axes,) = figure.axes
+    half = statistics.median(shares.values())
+    title = f"Half of the products reach {half:.0%} of their roof or more\nSome Cove, threads: 2"
+    assert axes.get_title(loc="left") == title
     assert worst == (
         f"\N{WHITE CIRCLE} farthest from its limit: {shares['float32']:.0%} of it, "
         "linear-forward 64x1000x100, float32, threads: 2"
@@ -1470,6 +1492,111 @@ def test_the_verdict_is_of_the_machine_alone(bench, times, threads, verdict):
     assert line == (
         f"On Emerald Rapids (Golden Cove, AMX), {verdict} below 0.97 of the best peer's speed"
     )
+
+
+def measured_run(bench, folder, date, results, name="Some Cove (AMX)"):
+    """A run as the harness leaves it."""
+    folder.mkdir()
+    machine = {"microarchitecture": name, "gpu": None, "cpu": "x", "cores": 2, "load": 0.5}
+    machine |= {
+        "date": date,
+        "caches": {"L2": "1M"},
+        "memory_gib": 8.0,
+        "commit": "0123456789abcdef",
+    }
+    machine |= {"family": 6, "model": 7, "stepping": 8, "build": {"compiler": "g++ 1"}}
+    machine |= {"versions": {"torch": "2.13.0", "onnxruntime": None}}
+    options = {"only": ["linear", "networks"]}
+    record = bench.record.Record.start(folder, machine, options, {1: made_limits(bench)})
+    with contextlib.closing(record):
+        for result in results:
+            record.append(result)
+    return bench.publish.read(folder)
+
+
+def test_a_published_run_is_read_back_as_it_was_to_four_digits(bench, tmp_path):
+    times = {"mylayers": 1.23456e-5, "notebook": 2.5e-5, "clone": 1e-6}
+    result = made_result(bench, (7,), times, "center-forward")
+    other = made_result(bench, (64, 10, 8), {"mylayers": 1e-3, "notebook": 4e-3}, "linear-module")
+    result = dataclasses.replace(result, left_out={"compile": "no"}, remeasured=True)
+    run = measured_run(bench, tmp_path / "run", "2026-01-01T00:00:00", [result, other])
+    (tmp_path / "kept").mkdir()
+    bench.publish.write(run, tmp_path / "kept")
+    kept = bench.publish.read(tmp_path / "kept")
+    assert (kept.name, kept.slug, kept.threads) == ("Some Cove (AMX)", "some-cove-amx", [1])
+    assert kept.runs == run.runs
+    assert kept.limits == run.limits
+    for before, after in zip(run.results, kept.results, strict=True):
+        assert after.case == before.case
+        for name in ("size", "work", "rounds", "remeasured", "yardsticks", "left_out", "best_peer"):
+            assert getattr(after, name) == getattr(before, name)
+        medians = [{n: s.median for n, s in r.seconds.items()} for r in (before, after)]
+        assert medians[0] == medians[1]
+        assert after.best_ratio == pytest.approx(before.best_ratio, rel=1e-3)
+    # What was kept is kept again as it is.
+    (tmp_path / "again").mkdir()
+    bench.publish.write(kept, tmp_path / "again")
+    for name in ("results.csv", "run.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+
+
+def test_of_joined_runs_the_last_measurement_of_a_case_counts(bench, tmp_path):
+    shape, other = (64, 10, 8), (1, 2, 3)
+    old = [made_result(bench, size, {"mylayers": 1.0, "notebook": 2.0}) for size in (shape, other)]
+    new = made_result(bench, shape, {"mylayers": 1.0, "notebook": 3.0})
+    runs = [
+        measured_run(bench, tmp_path / "new", "2026-01-02T00:00:00", [new]),
+        measured_run(bench, tmp_path / "old", "2026-01-01T00:00:00", old),
+    ]
+    for parts in (runs, runs[::-1]):
+        joined = bench.publish.join(parts)
+        ratios = {result.case.shape.sizes: result.best_ratio.median for result in joined.results}
+        assert ratios == {shape: 3.0, other: 2.0}
+        assert [run["machine"]["date"][:10] for run in joined.runs] == ["2026-01-02", "2026-01-01"]
+    elsewhere = measured_run(bench, tmp_path / "there", "2026-01-03T00:00:00", old, "Other Cove")
+    with pytest.raises(bench.publish.PublishError, match="Other Cove and Some Cove"):
+        bench.publish.join([*runs, elsewhere])
+
+
+def test_a_section_has_the_machine_the_means_and_what_is_slow(bench, tmp_path):
+    cases = [(64, 10, 8), (1, 64, 64)], ({"mylayers": 1e-6}, {"mylayers": 2e-6})
+    results = [
+        made_result(bench, shape, {**own, "notebook": 1.8e-6, "linear": 3e-6})
+        for shape, own in zip(*cases, strict=True)
+    ]
+    run = measured_run(bench, tmp_path / "run", "2026-01-01T10:20:30", results)
+    section = bench.publish.section(run)
+    for line in (
+        "## Some Cove (AMX)",
+        "| run | 2026-01-01 10:20 |",
+        "| its numbers | family 6, model 7, stepping 8 |",
+        "| caches | L2 1M |",
+        "| memory | 8.0 GiB |",
+        "| ONNX Runtime | not recorded |",
+        "| commit | 0123456789ab |",
+        "| `linear_act`, forward without gradients | 1.27x |",
+        "Of 2 cases 1 are below 1 and 1 below 0.97; all:",
+        "| `linear_act`, forward without gradients | 1x64x64 | float32 | 1 "
+        "| 0.90x (0.90 to 0.90) notebook |",
+        "| 1x64x64 | 2.0 | 0.90x (0.90 to 0.90) | 0.90x (0.90 to 0.90) notebook |",
+    ):
+        assert line in section.splitlines(), line
+    *_, row = bench.publish.readme_table([run]).splitlines()
+    assert row == (
+        "| [Some Cove (AMX)](docs/performance.md#some-cove-amx), 1 | 1.27x |  |  | 1 of 2 "
+        "| 0.90x: 1x64x64, float32 |"
+    )
+
+
+def test_what_is_shown_of_the_suites_is_measured(bench):
+    for suite, shapes in bench.publish.SHOWN.items():
+        assert set(shapes) <= {str(shape) for shape in bench.cases.SUITES[suite].shapes}
+
+
+def test_every_shape_is_read_as_it_is_written(bench):
+    for suite in (*bench.cases.SUITES.values(), *bench.cases.GPU_SUITES.values()):
+        for shape in suite.shapes:
+            assert bench.cases.Shape.read(str(shape)) == shape
 
 
 @pytest.mark.parametrize("quick", [False, True])

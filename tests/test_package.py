@@ -198,21 +198,22 @@ def sdist(tree, to):
     return to / name.removesuffix(".tar.gz")
 
 
-def test_the_source_distribution_has_all_that_the_repository_has_but_builds_and_results(tmp_path):
+def test_the_source_distribution_has_all_that_the_repository_has_but_builds_and_runs(tmp_path):
     def left_out(folder, names):
         outside = {name for name in names if name.startswith(".") or name.endswith(".egg-info")}
         return outside | {"build", "dist", "out"} if Path(folder) == ROOT else {"__pycache__"}
 
     tree = tmp_path / "tree"
-    ours = shutil.ignore_patterns("results", "*.so", "_built_for.py")
+    ours = shutil.ignore_patterns("runs", "*.so", "_built_for.py")
     shutil.copytree(ROOT, tree, ignore=lambda f, names: left_out(f, names) | set(ours(f, names)))
     expected = files_in(tree)
-    assert {"build_support/backend.py", "csrc/cpu/kernels/kernels-inl.h", "docs/design.md"} <= expected
+    assert {"build_support/backend.py", "csrc/cpu/kernels/kernels-inl.h"} <= expected
+    assert {"docs/architecture.md", "benchmarks/results/zen-4-avx-512/results.csv"} <= expected
     for name in ("_C.abi.so", "libmylayers.so", "_built_for.py", "__pycache__/layers.pyc"):
         (tree / "mylayers" / name).parent.mkdir(exist_ok=True)
         (tree / "mylayers" / name).touch()
-    (tree / "benchmarks" / "results").mkdir()
-    (tree / "benchmarks" / "results" / "results.csv").touch()
+    (tree / "benchmarks" / "runs").mkdir()
+    (tree / "benchmarks" / "runs" / "results.csv").touch()
 
     unpacked = sdist(tree, tmp_path)
     made = {name for name in files_in(unpacked) if ".egg-info" in name} | {"PKG-INFO", "setup.cfg"}

@@ -1,4 +1,4 @@
-// What decides how an Autograd kernel goes on (docs/design.md, "C++ autograd").
+// What decides how an Autograd kernel goes on (docs/architecture.md, "The three exits").
 #pragma once
 
 #include <ATen/core/grad_mode.h>

@@ -108,14 +108,16 @@ const Tile<C>* tiles(int vectors, bool tail) {
       return tail ? Tiles<C, 1, true>::kByRows : Tiles<C, 1, false>::kByRows;
     case 2:
       return tail ? Tiles<C, 2, true>::kByRows : Tiles<C, 2, false>::kByRows;
-#if MYLAYERS_LEVEL > 0
     case 3:
-      return tail ? Tiles<C, 3, true>::kByRows : Tiles<C, 3, false>::kByRows;
-#endif
-#if MYLAYERS_LEVEL == 2
+      if constexpr (kTileVectors >= 3) {
+        return tail ? Tiles<C, 3, true>::kByRows : Tiles<C, 3, false>::kByRows;
+      }
+      break;
     case 4:
-      return tail ? Tiles<C, 4, true>::kByRows : Tiles<C, 4, false>::kByRows;
-#endif
+      if constexpr (kTileVectors >= 4) {
+        return tail ? Tiles<C, 4, true>::kByRows : Tiles<C, 4, false>::kByRows;
+      }
+      break;
   }
   __builtin_unreachable();
 }

@@ -16,12 +16,8 @@
 
 #include "kernels.h"
 
-#define MYLAYERS_IS_generic 0
-#define MYLAYERS_IS_avx2 1
-#define MYLAYERS_IS_avx512 2
 #define MYLAYERS_CONCAT_(a, b) a##b
 #define MYLAYERS_CONCAT(a, b) MYLAYERS_CONCAT_(a, b)
-#define MYLAYERS_LEVEL MYLAYERS_CONCAT(MYLAYERS_IS_, MYLAYERS_ISA)
 #define MYLAYERS_STRING_(a) #a
 #define MYLAYERS_STRING(a) MYLAYERS_STRING_(a)
 
@@ -35,10 +31,8 @@
 #define MYLAYERS_TARGET_END MYLAYERS_PRAGMA(GCC pop_options)
 #endif
 
-#if MYLAYERS_LEVEL == 2
-MYLAYERS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#elif MYLAYERS_LEVEL == 1
-MYLAYERS_TARGET("avx2,fma,f16c")
+#if defined(MYLAYERS_INSTRUCTIONS)
+MYLAYERS_TARGET(MYLAYERS_INSTRUCTIONS)
 #endif
 
 namespace mylayers::cpu::MYLAYERS_ISA {
@@ -47,6 +41,8 @@ namespace {
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+// simd/avx2-inl.h and its like.
+#include MYLAYERS_STRING(simd/MYLAYERS_ISA-inl.h)
 #include "blocking-inl.h"
 #include "vector-inl.h"
 #include "loops-inl.h"
@@ -61,8 +57,8 @@ namespace {
 #include "skinny_transposed-inl.h"
 #include "pack_vnni-inl.h"
 
-#if MYLAYERS_LEVEL == 2
-MYLAYERS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
+#if defined(MYLAYERS_HAS_AVX512_BF16)
+MYLAYERS_TARGET(MYLAYERS_HAS_AVX512_BF16)
 
 #include "bf16_avx512-inl.h"
 #include "amx-inl.h"
@@ -87,7 +83,7 @@ constexpr AmxKernels kAmx = {};
 }  // namespace
 }  // namespace mylayers::cpu::MYLAYERS_ISA
 
-#if MYLAYERS_LEVEL > 0
+#if defined(MYLAYERS_INSTRUCTIONS)
 MYLAYERS_TARGET_END
 #endif
 

@@ -1,7 +1,5 @@
 // Means, and what is subtracted from values.
 
-typedef float half_width __attribute__((vector_size(kBytes / 2)));
-using Doubles = vec<double>;
 constexpr int kDoubles = kLanes<double>;
 
 INLINE double sum_lanes(Doubles v) {
@@ -11,14 +9,6 @@ INLINE double sum_lanes(Doubles v) {
   }
   return s;
 }
-
-#if MYLAYERS_LEVEL == 2
-INLINE Doubles widen(half_width v) { return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
-#elif MYLAYERS_LEVEL == 1
-INLINE Doubles widen(half_width v) { return (Doubles)_mm256_cvtps_pd((__m128)v); }
-#else
-INLINE Doubles widen(half_width v) { return __builtin_convertvector(v, Doubles); }
-#endif
 
 // parts[0] (and parts[1], for float) += v, widened: half of a float vector fills a double one.
 INLINE void add_wide(Doubles* parts, vec<double> v) { parts[0] += v; }
@@ -56,31 +46,21 @@ double sum(int64_t count, const T* x) {
 // every turn, and (4096, 1000) ran at 0.8 of the speed. Below AVX-512 the last is as kDown.
 enum class Way { kUp, kDown, kDownPastCaches };
 
-#if MYLAYERS_LEVEL == 2
-// A whole vector, to an address that is a multiple of its size.
-template <class T>
-INLINE void store_past_caches(T* p, vec<acc_t<T>> v) {
-  T lanes[kLanes<acc_t<T>>];
-  store(lanes, v);
-  if constexpr (sizeof(lanes) == 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), load_bits<__m512i>(lanes));
-  } else {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_bits<__m256i>(lanes));
-  }
-}
-#endif
-
 // out = value(j, n) for every vector of `count` elements.
 template <class T, Way kWay, class Value>
 INLINE void write_vectors(int64_t count, T* out, Value value) {
   using C = acc_t<T>;
-  constexpr int L = kLanes<C>;
-  if constexpr (kWay == Way::kDownPastCaches && MYLAYERS_LEVEL == 2) {
+#if defined(MYLAYERS_HAS_STREAMING_STORES)
+  if constexpr (kWay == Way::kDownPastCaches) {
     for_vectors_down<C>(
         count, BODY {
-          n == L ? store_past_caches(out + j, value(j, n)) : store_n(out + j, value(j, n), n);
+          n == kLanes<C> ? store_past_caches(out + j, value(j, n))
+                         : store_n(out + j, value(j, n), n);
         });
-  } else if constexpr (kWay == Way::kUp) {
+    return;
+  }
+#endif
+  if constexpr (kWay == Way::kUp) {
     for_vectors<C>(count, BODY { store_n(out + j, value(j, n), n); });
   } else {
     for_vectors_down<C>(count, BODY { store_n(out + j, value(j, n), n); });
@@ -90,9 +70,9 @@ INLINE void write_vectors(int64_t count, T* out, Value value) {
 // Other threads can read all that was written after their next barrier.
 template <Way kWay>
 INLINE void finish_writing() {
-#if MYLAYERS_LEVEL == 2
+#if defined(MYLAYERS_HAS_STREAMING_STORES)
   if constexpr (kWay == Way::kDownPastCaches) {
-    _mm_sfence();
+    fence_stores_past_caches();
   }
 #endif
 }

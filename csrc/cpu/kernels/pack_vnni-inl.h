@@ -21,34 +21,15 @@ INLINE void pack_pair_row(
   }
 }
 
-#if MYLAYERS_LEVEL == 2
-// Pairs of two rows: the first 16 of 32 columns, then the others.
-alignas(64) constexpr uint16_t kInterleave[2][32] = {
-    {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-INLINE __m512i interleave(__m512i even, __m512i odd, int half) {
-  return _mm512_permutex2var_epi16(even, _mm512_load_si512(kInterleave[half]), odd);
-}
-#endif
-
+#if !defined(MYLAYERS_HAS_PACK_WHOLE_PAIR_ROW)
 // The same of a whole panel with unit stride.
 INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
-#if MYLAYERS_LEVEL == 2
-  UNROLL
-  for (int64_t j = 0; j < kPanel; j += 32) {
-    const __m512i x = _mm512_loadu_si512(even + j), y = _mm512_loadu_si512(odd + j);
-    _mm512_storeu_si512(pairs + 2 * j, interleave(x, y, 0));
-    _mm512_storeu_si512(pairs + 2 * j + 32, interleave(x, y, 1));
-  }
-#else
   UNROLL
   for (int64_t j = 0; j < kPanel; j += kLanes<float>) {
     store_pairs(pairs + 2 * j, even + j, odd + j, 1, kLanes<float>);
   }
-#endif
 }
+#endif
 
 // Two rows of b side by side, as the processor's 16-bit multiply-adds want them. Memory is read in
 // long runs, four whole rows at a time or whole columns, the rows below being asked for meanwhile:

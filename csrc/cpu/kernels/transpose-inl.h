@@ -28,23 +28,6 @@ INLINE vec<C> deinterleave(vec<C> x, vec<C> y) {
   return shuffle(x, y, index);
 }
 
-// Half a vector from p, then half a vector from q, any of whose bits are kept.
-template <class C>
-INLINE vec<C> load_halves(const void* p, const void* q) {
-#if MYLAYERS_LEVEL == 2
-  const __m512d first = _mm512_castpd256_pd512(_mm256_loadu_pd(static_cast<const double*>(p)));
-  return (vec<C>)_mm512_insertf64x4(first, _mm256_loadu_pd(static_cast<const double*>(q)), 1);
-#elif MYLAYERS_LEVEL == 1
-  const __m256d first = _mm256_castpd128_pd256(_mm_loadu_pd(static_cast<const double*>(p)));
-  return (vec<C>)_mm256_insertf128_pd(first, _mm_loadu_pd(static_cast<const double*>(q)), 1);
-#else
-  vec<C> v;
-  std::memcpy(&v, p, kBytes / 2);
-  std::memcpy(reinterpret_cast<char*>(&v) + kBytes / 2, q, kBytes / 2);
-  return v;
-#endif
-}
-
 // Transpose a square of kLanes x kLanes into r, given halves(l, m, h): half h of its row l, then of
 // row m. First squares of kInside lanes change places, then they are transposed, so that no shuffle
 // needs an index register and most stay inside 16 bytes: cores do fewer of the others in a cycle.
