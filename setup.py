@@ -157,7 +157,7 @@ def extension(
                 *(f"-D{macro}={json.dumps(value)}" for macro, value in MACROS.items()),
                 "-std=c++20",
                 "-O3",
-                "-ffp-contract=off",  # csrc/cpu/kernels.inl says itself where to fuse
+                "-ffp-contract=off",  # csrc/cpu/kernels says itself where to fuse
                 "-g0",
                 "-fvisibility=hidden",
                 "-Wall",

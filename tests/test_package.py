@@ -207,7 +207,7 @@ def test_the_source_distribution_has_all_that_the_repository_has_but_builds_and_
     ours = shutil.ignore_patterns("results", "*.so", "_built_for.py")
     shutil.copytree(ROOT, tree, ignore=lambda f, names: left_out(f, names) | set(ours(f, names)))
     expected = files_in(tree)
-    assert {"build_support/backend.py", "csrc/cpu/kernels.inl", "docs/design.md"} <= expected
+    assert {"build_support/backend.py", "csrc/cpu/kernels/kernels-inl.h", "docs/design.md"} <= expected
     for name in ("_C.abi.so", "libmylayers.so", "_built_for.py", "__pycache__/layers.pyc"):
         (tree / "mylayers" / name).parent.mkdir(exist_ok=True)
         (tree / "mylayers" / name).touch()

@@ -1,6 +1,6 @@
 // center on the CPU: x - mean(x) over all of x or over some dimensions.
 //
-// Sums are cut into chunks of fixed size (kernels.inl) and these added in order in float64, so the
+// Sums are cut into chunks of fixed size (kernels.h) and these added in order in float64, so the
 // threads change no bit of the result, nor do the other slices of x. The mean is rounded to the
 // dtype of x before it is subtracted: that is what x - x.mean() says.
 #include "../center.h"
@@ -102,7 +102,7 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
       team.barrier();
     }
     int64_t o = run % s.outer;
-    for (int64_t end = last, begin; end > first; end = begin) {  // kernels.inl: why downwards
+    for (int64_t end = last, begin; end > first; end = begin) {  // mean-inl.h: why downwards
       begin = std::max(first, run * per_run);
       const int64_t skipped = (begin - run * per_run) * kRunChunk, at = run * s.count + skipped;
       const int64_t n = std::min(s.count - skipped, (end - begin) * kRunChunk);

@@ -7,7 +7,7 @@
 
 #include "../has_kernel.h"
 #include "huge_pages.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace mylayers::cpu {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../export.h"
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace mylayers::cpu {
 

@@ -47,7 +47,7 @@ constexpr bool kModel = false;
 #endif
 
 #define MYLAYERS_WITHOUT_TABLE
-#include "../../csrc/cpu/kernels.inl"
+#include "../../csrc/cpu/kernels/kernels-inl.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // bfloat16 products on AMX: tiles of 16 rows of 64 bytes, multiplied 16 x 16 x 32 at a time.
-// Part of kernels.inl, whose vectors and activations it uses.
+// Part of kernels-inl.h, whose vectors and activations it uses.
 //
 // Every sum follows one order: 32 terms of k at a time, from the first, whatever the rows, columns
 // and calls: a chain of the even terms, one of the odd, both from zero, and the sum of the two is
@@ -100,7 +100,7 @@ INLINE void end_sums(
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = sums + i * sums_row;
     Out* to = out + i * out_row;
-#if MYLAYERS_LEVEL == 2
+#if defined(MYLAYERS_HAS_AVX512_BF16)
     if constexpr (std::is_same_v<Out, bfloat16_t>) {
       for (int64_t j = 0; j < cols; j += 2 * L) {
         const uint32_t lanes = cols - j < 2 * L ? (1u << (cols - j)) - 1 : ~0u;

@@ -1,6 +1,6 @@
 // The inner loops of every CPU kernel, compiled once per instruction set.
 //
-// kernels.inl holds one source for all of them; kernels_{generic,avx2,avx512}.cpp
+// The *-inl.h files are one source for all of them; kernels_{generic,avx2,avx512}.cpp
 // compile it under their own target, and kernels() picks a table once, by what the
 // processor can do. Everything here works on raw pointers on one thread; who splits
 // work among threads sits one level up (gemm.cpp, linear_act.cpp, center.cpp).
@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "../activation.h"
-#include "../export.h"
+#include "../../activation.h"
+#include "../../export.h"
 
 namespace mylayers::cpu {
 

@@ -1,0 +1,30 @@
+// What this instruction set has, as kernels.h describes it.
+
+template <class T>
+constexpr StorageKernels<T> kStorage = {
+    pack<T, acc_t<T>>,
+    pack_strips<T>,
+    stream<T>,
+    stream_many<T>,
+    finish<T>,
+    mask<T>,
+    sum<T>,
+    subtract<T>,
+    center_runs<T>,
+    column_sums<T>,
+    subtract_columns<T>,
+    center_columns<T>};
+
+constexpr Kernels kTable = {
+    MYLAYERS_STRING(MYLAYERS_ISA),
+    kTunedFor,
+    kTuning,
+    {kTileRows, kTileVectors * kLanes<float>, block<float>, transposed<float>},
+    {kTileRows, kTileVectors * kLanes<double>, block<double>, transposed<double>},
+    kStorage<float>,
+    kStorage<double>,
+    kStorage<half_t>,
+    kStorage<bfloat16_t>,
+    kPairs,
+    kAmx,
+};

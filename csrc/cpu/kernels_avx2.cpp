@@ -1,4 +1,0 @@
-#if defined(__x86_64__)
-#define MYLAYERS_ISA avx2
-#include "kernels.inl"
-#endif

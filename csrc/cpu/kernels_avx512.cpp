@@ -1,4 +1,0 @@
-#if defined(__x86_64__)
-#define MYLAYERS_ISA avx512
-#include "kernels.inl"
-#endif
