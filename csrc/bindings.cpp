@@ -16,6 +16,7 @@
 #include "center.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_amx.h"
+#include "cpu/gemm_aten.h"
 #include "cpu/huge_pages.h"
 #include "linear_act.h"
 #include "plans.h"
@@ -709,6 +710,7 @@ py::dict build_info() {
   info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
   info["tuned_for"] = mylayers::cpu::kernels().tuned_for;
+  info["products"] = mylayers::cpu::has_aten_products() ? "torch" : "own";
   info["amx"] = mylayers::cpu::has_amx();
   info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();
@@ -718,6 +720,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  mylayers::cpu::has_aten_products();  // throws where the environment makes no sense
   m.doc() = "Compiled half of mylayers; use mylayers.functional and mylayers.MyLinear.";
   if (PyModule_AddFunctions(m.ptr(), kOperators) != 0) {
     throw py::error_already_set();

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "gemm_amx.h"
+#include "gemm_aten.h"
 #include "scratch.h"
 
 namespace mylayers::cpu {
@@ -490,6 +491,9 @@ void gemm(
   if (m == 0 || n == 0) {
     return;
   }
+  if (is_aten_product(m, n, k)) {
+    return gemm_aten<T>(m, n, k, a, b, bias, act, c);
+  }
   if constexpr (std::is_same_v<T, bfloat16_t>) {
     if (k > 0 && uses_amx<T>()) {
       const WideBias wide(n, bias);
@@ -567,7 +571,7 @@ void gemm_long(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T* c) 
   constexpr int64_t kLargeResult = 256 * 256;
   const int64_t piece = std::max(kLongPiece, round_up(ceil_div(k, kMostPieces), kDepthBlock));
   const int64_t pieces = ceil_div(k, piece);
-  if (pieces < 2 || m * n > kLargeResult) {
+  if (pieces < 2 || m * n > kLargeResult || is_aten_product(m, n, k)) {
     gemm<T>(m, n, k, a, b, nullptr, Activation::kNone, c);
     return;
   }

@@ -71,7 +71,12 @@ const Kernels& choose() {
     return avx2_kernels();
   }
 #endif
-  return generic_kernels();
+  static const Kernels unmeasured = [] {
+    Kernels changed = generic_kernels();
+    changed.tuned_for = nullptr;
+    return changed;
+  }();
+  return unmeasured;
 }
 
 }  // namespace

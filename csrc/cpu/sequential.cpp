@@ -10,6 +10,7 @@
 
 #include "../center.h"
 #include "gemm.h"
+#include "gemm_aten.h"
 #include "matrices.h"
 #include "scratch.h"
 
@@ -40,11 +41,13 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
   int64_t widest = 0;
   double work = 0;
   int64_t weights = 0;  // bytes
+  bool whole = false;   // PyTorch's products share rows among threads themselves
   for (const auto& layer : layers) {
     widest = std::max(widest, layer.output ? 0 : layer.units);
     weights += layer.in_units * layer.units * static_cast<int64_t>(sizeof(T));
     work += static_cast<double>(rows) * static_cast<double>(layer.in_units) *
             static_cast<double>(layer.units);
+    whole = whole || is_aten_product(rows, layer.units, layer.in_units);
   }
   const auto run_rows = [&](int64_t first, int64_t count) {
     const Scratch<T> between(2 * count * widest);
@@ -61,7 +64,7 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
   };
   const int64_t threads =
       work <= kSerialWork || at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (widest > kWidestBlock || (threads > 1 && rows < threads * kLeastRows)) {
+  if (whole || widest > kWidestBlock || (threads > 1 && rows < threads * kLeastRows)) {
     run_rows(0, rows);
     return;
   }
