@@ -266,8 +266,9 @@ template <class In, class Out>
 void gemm_amx(
     int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias, Activation act,
     Out* out, int64_t out_row, bool alone) {
-  const bool small =
-      static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) <= kSerialWork;
+  // A tile of one row takes as long as one of sixteen, and so does packing for it.
+  const double rows = static_cast<double>(std::max(m, kEdge));
+  const bool small = rows * static_cast<double>(n) * static_cast<double>(k) <= kSerialWork;
   const int64_t threads = alone || small ? 1 : Team::threads();
   const int64_t most = k > kDeep ? kMostRows : m;
   for (int64_t i = 0; i < m; i += most) {
