@@ -262,16 +262,18 @@ struct Names {
   py::object get_of_object =
       py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(&PyBaseObject_Type))
           .attr("__getattribute__");
-  py::object global_hooks[4];
+  // Each (PyTorch's module, name, the dictionary of hooks on all modules that was there at import).
+  py::tuple global_hooks;
 
   Names() {
     const auto module = py::module_::import("torch.nn.modules.module");
-    const char* const names[4] = {
-        "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-        "_global_backward_pre_hooks"};
-    for (int i = 0; i < 4; ++i) {
-      global_hooks[i] = module.attr(names[i]);
+    py::list places;
+    for (const char* name :
+         {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+          "_global_backward_pre_hooks"}) {
+      places.append(py::make_tuple(module, name, module.attr(name)));
     }
+    global_hooks = py::tuple(places);
   }
 };
 
@@ -282,23 +284,14 @@ const Names& names() {
   return once;
 }
 
-bool has_global_hooks() {
-  for (const py::object& hooks : names().global_hooks) {
-    if (PyDict_GET_SIZE(hooks.ptr()) != 0) {
-      return true;
-    }
-  }
-  return false;
-}
-
 // Whether something watches calls by their Python name.
 bool is_watched() {
   return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
 }
 
-// What layers call, and what losses and a backward do.
+// What layers call, what losses and a backward do, and dictionaries of hooks on all modules.
 struct Watched {
-  mylayers::WatchedFunctions by_layers, in_training;
+  mylayers::WatchedFunctions by_layers, in_training, hooks;
 };
 
 // Outlives the interpreter's own end.
@@ -309,8 +302,29 @@ Watched& watched() {
 
 // Each of them (module or class, name, what is there unless somebody has replaced it).
 void watch_functions(const py::tuple& by_layers, const py::tuple& in_training) {
-  Watched made{mylayers::WatchedFunctions(by_layers), mylayers::WatchedFunctions(in_training)};
+  Watched made{
+      mylayers::WatchedFunctions(by_layers), mylayers::WatchedFunctions(in_training),
+      mylayers::WatchedFunctions(names().global_hooks)};
   std::swap(watched(), made);
+}
+
+// Whether there are hooks on all modules. Who sets them aside puts other dictionaries in the place
+// of PyTorch's, as its own tests do.
+bool has_global_hooks() {
+  const bool replaced = watched().hooks.replaced() != 0;
+  const PyObject* places = names().global_hooks.ptr();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(places); ++i) {
+    PyObject* place = PyTuple_GET_ITEM(places, i);
+    PyObject* hooks = PyTuple_GET_ITEM(place, 2);
+    if (replaced) {
+      PyObject* module = PyTuple_GET_ITEM(place, 0);
+      hooks = PyDict_GetItemWithError(PyModule_GetDict(module), PyTuple_GET_ITEM(place, 1));
+    }
+    if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) {
+      return true;
+    }
+  }
+  return false;
 }
 
 // Which functions that layers call are replaced; 0 if none is, another number for other ones.
@@ -328,6 +342,39 @@ bool iterates(PyTypeObject* cls) {
          _PyType_Lookup(cls, names().modules) == nullptr;
 }
 
+// Whether the parameters of a linear layer are a matrix and, if there is a bias, a vector of the
+// matrix' size in the dimension of the units. PyTorch's linear takes others, too: a vector in place
+// of the matrix, and any bias that can be broadcast.
+bool is_matrix_and_vector(const at::Tensor& weight, const at::Tensor* bias, int64_t of_units) {
+  if (weight.is_nested()) {
+    return true;
+  }
+  const auto is_symbolic = [](const at::Tensor& t) {
+    return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  return weight.dim() == 2 &&
+         (bias == nullptr ||
+          (bias->dim() == 1 && (is_symbolic(weight) || is_symbolic(*bias) ||
+                                bias->size(0) == weight.size(of_units))));
+}
+
+// (a tensor, a tensor or None, 0 or 1), as a child that is planned for has them.
+bool takes_parameters(const py::object& weight, const py::object& bias, int64_t of_units) {
+  return is_matrix_and_vector(
+      THPVariable_Unpack(tensor_argument("plan", "weight", weight.ptr())),
+      bias.is_none() ? nullptr : &THPVariable_Unpack(tensor_argument("plan", "bias", bias.ptr())),
+      of_units);
+}
+
+// The same of a child that a linear step of a program is for.
+bool takes_parameters(const mylayers::Step& step, const Found& found) {
+  return found.foreign ||
+         is_matrix_and_vector(
+             THPVariable_Unpack(found.weight),
+             found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
+             step.transposed ? 0 : 1);
+}
+
 // The next children of a network, from a place in its _modules on. Into `children`, if given; into
 // `parameters`, if given, the tensors of those that are linear, which must then be of no class of
 // their own. Whether they are what the part was made for.
@@ -335,6 +382,7 @@ bool next(
     const Part& part, PyObject* modules, Py_ssize_t& place, Held* parameters,
     std::vector<py::object>* children) {
   bool as_planned = true;
+  const mylayers::Step* step = part.program.has_value() ? part.program->steps.data() : nullptr;
   for (const plans::Kind& kind : part.children) {
     PyObject* module = nullptr;
     if (!PyDict_Next(modules, &place, nullptr, &module)) {
@@ -344,6 +392,12 @@ bool next(
     Found found;
     as_planned =
         as_planned && fits(kind, module, found) && !(parameters != nullptr && found.foreign);
+    if (as_planned && step != nullptr && (found.weight != nullptr || found.foreign)) {
+      while (step->kind != mylayers::Step::Kind::kLinear) {
+        ++step;
+      }
+      as_planned = takes_parameters(*step++, found);
+    }
     if (as_planned && parameters != nullptr && found.weight != nullptr) {
       parameters->take(found.weight);
       if (found.bias != nullptr) {
@@ -728,6 +782,9 @@ PYBIND11_MODULE(_C, m) {
   names();
   m.attr("REFUSED") = borrowed(refused());
   m.def("watch_functions", watch_functions);
+  m.def(
+      "takes_parameters",
+      py::overload_cast<const py::object&, const py::object&, int64_t>(takes_parameters));
   m.def("replaced_functions", replaced_functions);
   m.def("keep_plan", keep_plan);
   m.def("keep_layer", keep_layer);

@@ -25,7 +25,10 @@ using GradientMask = std::array<bool, 3>;
 Activation parse_activation(ActivationName name);
 ActivationName activation_name(Activation activation);
 
-// Shapes, dtypes and devices of one call; RuntimeError (as torch.nn.functional.linear
+// RuntimeError if the tensor's memory has been taken away.
+void check_memory(const char* op, const char* name, const at::Tensor& t);
+
+// Shapes, dtypes, devices and memory of one call; RuntimeError (as torch.nn.functional.linear
 // gives) naming operator, argument, expected and got.
 void check_linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias);

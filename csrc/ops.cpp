@@ -50,6 +50,7 @@ void check_like(
   TORCH_CHECK(
       t.scalar_type() == first.scalar_type(), op, ": ", name, " must have the dtype of ",
       first_name, ", ", first.scalar_type(), "; got ", t.scalar_type());
+  check_memory(op, name, t);
 }
 
 void check_weight_rank(const char* op, const at::Tensor& weight) {
@@ -72,6 +73,12 @@ const at::Tensor& require(const char* name, const OptionalTensor& t, const char*
 }
 
 }  // namespace
+
+void check_memory(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK(
+      has_memory(t), op, ": ", name, " must have the memory of its elements, ", t.sizes(),
+      "; got a storage of ", t.storage().nbytes(), " bytes");
+}
 
 Activation parse_activation(ActivationName name) {
   if (!name.has_value()) {
@@ -96,6 +103,7 @@ ActivationName activation_name(Activation activation) {
 void check_linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias) {
   constexpr const char* op = "linear_act";
+  check_memory(op, "input", input);
   check_like(op, "weight", weight, "input", input);
   check_weight_rank(op, weight);
   check_input_rank(op, "input", input);
@@ -119,6 +127,7 @@ void check_linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed) {
   constexpr const char* op = "linear_act_backward";
+  check_memory(op, "grad_output", grad_output);
   check_input_rank(op, "grad_output", grad_output);
   // t has the sizes of grad_output in all dimensions but the last `free`.
   const auto check_sizes = [&](const char* name, const at::Tensor& t, int64_t free) {
@@ -150,6 +159,7 @@ void check_linear_act_backward(
 }
 
 c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIntArrayRef dim) {
+  check_memory("center", "input", input);
   const int64_t rank = input.dim();
   c10::SmallVector<int64_t, 6> dims;
   if (!dim.has_value() || dim->empty()) {

@@ -1,4 +1,4 @@
-"""The functions that layers look up by name whenever they are called, and whether one was replaced.
+"""What layers look up by name whenever they are called, and whether something was replaced.
 
 Counters, profilers and tracers put a function of their own in the place of PyTorch's
 (``torch.nn.functional.relu = counted``), and mean the layers to call it; a chain computes for its
@@ -12,8 +12,9 @@ from types import BuiltinFunctionType, MethodDescriptorType, ModuleType
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
+from torch.nn.modules import activation, dropout, linear, loss
 
-from mylayers import functional
+from mylayers import functional, layers
 from mylayers._extension import _C
 from mylayers.layers import CenteredLayer, MyLinear
 
@@ -22,6 +23,7 @@ __all__ = ["replaced"]
 # Where it is looked up, its name, and what is there as long as nobody has replaced it.
 _Function = tuple[ModuleType | type, str, object]
 
+_MODULES = (torch, F, functional)
 _DEFINING = tuple(map(vars, (F, torch.functional, torch.autograd, torch._tensor, functional)))
 
 
@@ -29,6 +31,8 @@ def _is_own(function: object) -> bool:
     """Whether it is PyTorch's or ours, not what somebody put in its place before this import."""
     if isinstance(function, BuiltinFunctionType | MethodDescriptorType):
         return True
+    if isinstance(function, ModuleType):
+        return function in _MODULES
     return any(getattr(function, "__globals__", None) is names for names in _DEFINING)
 
 
@@ -42,18 +46,19 @@ def _functions(*places: tuple[ModuleType | type, str]) -> tuple[_Function, ...]:
 
 
 _CALLED: dict[type[nn.Module], tuple[_Function, ...]] = {
-    nn.Linear: _functions((F, "linear")),
-    MyLinear: _functions((functional, "linear_act")),
-    nn.ReLU: _functions((F, "relu"), (torch, "relu"), (torch, "relu_")),
-    nn.Tanh: _functions((torch, "tanh")),
-    nn.Sigmoid: _functions((torch, "sigmoid")),
-    nn.ELU: _functions((F, "elu")),
-    CenteredLayer: _functions((functional, "center")),
+    nn.Linear: _functions((F, "linear"), (linear, "F")),
+    MyLinear: _functions((functional, "linear_act"), (layers, "functional")),
+    nn.ReLU: _functions((F, "relu"), (torch, "relu"), (torch, "relu_"), (activation, "F")),
+    nn.Tanh: _functions((torch, "tanh"), (activation, "torch")),
+    nn.Sigmoid: _functions((torch, "sigmoid"), (activation, "torch")),
+    nn.ELU: _functions((F, "elu"), (activation, "F")),
+    CenteredLayer: _functions((functional, "center"), (layers, "functional")),
     nn.Flatten: _functions((torch.Tensor, "flatten")),
-    nn.Dropout: _functions((F, "dropout")),
+    nn.Dropout: _functions((F, "dropout"), (dropout, "F")),
 }
 # Of any of the losses that mylayers.forward_backward knows, and of its loss.backward().
 _IN_TRAINING = _functions(
+    (loss, "F"),
     (F, "mse_loss"),
     (F, "smooth_l1_loss"),
     (F, "huber_loss"),

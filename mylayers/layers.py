@@ -217,7 +217,7 @@ def _keep(layer: MyLinear) -> None:
     is_stock = (
         entries is not None
         and not STOCK_MY_LINEAR.is_shadowed_by(own)
-        and type(own["_parameters"]) is dict
+        and type(own.get("_parameters")) is dict
         and own["_parameters"].keys() >= {"weight", "bias"}
         and (activation is None or type(activation) is str)
     )

@@ -19,7 +19,7 @@ from mylayers import _watched, stock
 from mylayers._extension import _C
 from mylayers.layers import STOCK_MY_LINEAR, CenteredLayer, MyLinear
 from mylayers.reference import ACTIVATIONS
-from mylayers.stock import HOOKS, TENSORS, Difference, Must, Stock
+from mylayers.stock import DICTIONARIES, HOOKS, TENSORS, Difference, Must, Stock
 
 __all__ = ["FusedSequential"]
 
@@ -90,8 +90,19 @@ def _linear(own: _State, step: str, *attributes: str) -> _Layer | Unfused:
         if not isinstance(value, Tensor) or _is_foreign(value):
             return Unfused(f"its {name} is of {type(value).__name__}, which computes itself")
     name, *activation = step.split("+")
+    if not _takes(parameters["weight"], parameters["bias"], 0 if name == "linear_t" else 1):
+        return Unfused("its weight is no matrix, or its bias is broadcast")
     bias = [] if parameters["bias"] is None else ["bias"]
     return _Layer("+".join([name, *bias, *activation]), attributes)
+
+
+def _takes(weight: Tensor, bias: Tensor | None, of_units: int) -> bool:
+    """Whether they are a matrix and, if there is one, a vector of its size in this dimension."""
+    if not _is_compiling():
+        return _C.takes_parameters(weight, bias, of_units)  # where a tracer would record the sizes
+    if weight.dim() != 2 or bias is None:
+        return weight.dim() == 2
+    return bias.dim() == 1 and bias.shape[0] == weight.shape[of_units]
 
 
 def _my_linear(own: _State) -> _Layer | Unfused:
@@ -128,7 +139,7 @@ def _centered(own: _State) -> _Layer | Unfused:
         return Unfused("its mean is over several processes", ("_group",))
     dim = own.get("dim")
     dims = (dim,) if type(dim) is int else dim
-    if dims is not None and not (type(dims) is tuple and all(type(d) is int for d in dims)):
+    if dims is not None and not (type(dims) is tuple and all(map(stock.is_index, dims))):
         return Unfused("its dim is neither None nor an int nor a tuple of them", ("dim",))
     step = f"center({','.join(map(str, dims))})" if dims else "center"
     return _Layer(step, ("dim", "_group"))
@@ -136,7 +147,7 @@ def _centered(own: _State) -> _Layer | Unfused:
 
 def _flatten(own: _State) -> _Layer | Unfused:
     first, last = own.get("start_dim"), own.get("end_dim")
-    if type(first) is not int or type(last) is not int:
+    if not stock.is_index(first) or not stock.is_index(last):
         return Unfused("its start_dim or end_dim is no int", ("start_dim", "end_dim"))
     return _Layer(f"flatten({first},{last})", ("start_dim", "end_dim"))
 
@@ -237,11 +248,20 @@ def _look(child: nn.Module) -> _Look:
     return _Look(version, None, stock.own_state(child))
 
 
+def _is_made(own: _State) -> bool:
+    """Whether a module's state has what nn.Module.__init__ gives it."""
+    parameters = own.get("_parameters")
+    is_mapping = type(parameters) in DICTIONARIES or isinstance(parameters, Mapping)
+    return is_mapping and all(hooks in own for hooks in HOOKS)
+
+
 def _layer(child: nn.Module, look: _Look) -> _Layer | Unfused:
     if look.objection is not None:
         return look.objection
     own, base = look.own, _base(type(child))
     assert base is not None
+    if not _is_made(own):
+        return Unfused("it was not initialised")
     if function := _watched.replaced(base):
         return Unfused(f"{function} was replaced")
     if isinstance(own["_parameters"].get("weight"), UninitializedParameter):

@@ -19,6 +19,7 @@ import abc
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum
+from types import GetSetDescriptorType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ DICTIONARIES = (dict, OrderedDict)
 HARMLESS = frozenset(
     """
     __init__ __new__ __init_subclass__ __class_getitem__ __set_name__ __del__
-    __module__ __name__ __qualname__ __doc__ __dict__ __weakref__ __slots__ __slotnames__
+    __module__ __name__ __qualname__ __doc__ __weakref__ __slots__ __slotnames__
     __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __type_params__
     __firstlineno__ __static_attributes__ __orig_bases__ __parameters__ __final__
     __abstractmethods__ _abc_impl
@@ -52,6 +53,7 @@ HARMLESS = frozenset(
     reset_parameters _make_parameters from_linear to_linear
     train eval requires_grad_ zero_grad apply _apply to to_empty cpu cuda ipu xpu mtia type float
     double half bfloat16 share_memory compile
+    _version call_super_init dump_patches
     state_dict load_state_dict _save_to_state_dict _load_from_state_dict get_extra_state
     set_extra_state _replicate_for_data_parallel
     parameters named_parameters buffers named_buffers modules named_modules children named_children
@@ -105,7 +107,12 @@ class Stock:
             for name in {**now, **(was or {})}:
                 known = name in self.names or name[:2] == "__" == name[-2:]
                 same = was is not None and was.get(name) is now.get(name)
-                allowed = name in HARMLESS or self._is_tracing(klass, name)
+                allowed = (
+                    name in HARMLESS
+                    # CPython's own, which it gives the first class that has none above it.
+                    or (name == "__dict__" and type(now.get(name)) is GetSetDescriptorType)
+                    or self._is_tracing(klass, name)
+                )
                 if known and not same and not allowed:
                     return Difference(klass.__name__, name, was is not None)
         return Difference()
@@ -156,6 +163,11 @@ def judge(cls: type, stock: Stock) -> tuple[int, Difference]:
                 _judged.clear()
             _judged[stock, version] = found
     return version, found
+
+
+def is_index(value: object) -> bool:
+    """Whether it is an int, of no class of its own, that PyTorch takes."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:

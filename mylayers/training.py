@@ -1,5 +1,6 @@
 """``forward_backward``: the forward, loss and backward of a training step in one call."""
 
+import sys
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from types import FunctionType
@@ -38,23 +39,29 @@ _is_compiling = torch.compiler.is_compiling
 _REFUSED = _C.REFUSED
 
 
+def _is_number(value: object) -> bool:
+    return type(value) is float or stock.is_index(value)
+
+
 # Each is given the state of a module of the class.
 
 
 def _smooth_l1(own: _State) -> _Rule:
     beta: Any = own.get("beta")
-    is_known = type(beta) in (int, float) and beta > 0  # 0: PyTorch's l1_loss
+    is_known = _is_number(beta) and beta > 0  # 0: PyTorch's l1_loss
     return (_Kind.SMOOTH_L1, beta, 0) if is_known else None
 
 
 def _huber(own: _State) -> _Rule:
     delta: Any = own.get("delta")
-    return (_Kind.HUBER, delta, 0) if type(delta) in (int, float) else None
+    return (_Kind.HUBER, delta, 0) if _is_number(delta) else None
 
 
 def _cross_entropy(own: _State) -> _Rule:
     weights, ignored = own.get("_buffers"), own.get("ignore_index")
-    if weights != {"weight": None} or own.get("label_smoothing") != 0 or type(ignored) is not int:
+    if weights != {"weight": None} or own.get("label_smoothing") != 0:
+        return None
+    if not stock.is_index(ignored):
         return None
     return _Kind.CROSS_ENTROPY, 0.0, ignored
 
@@ -98,6 +105,12 @@ def _keep(criterion: Any) -> bool:
     return True
 
 
+def _is_captured() -> bool:
+    """Whether compiled autograd takes the graphs of backwards; Dynamo may not be imported yet."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(getattr(module, "compiled_autograd_enabled", False))
+
+
 def forward_backward(
     network: nn.Module, criterion: Callable[..., Tensor], input: Tensor, target: Tensor
 ) -> Tensor:
@@ -114,8 +127,8 @@ def forward_backward(
     ``CrossEntropyLoss`` (classes as targets, no weights, no smoothing), as module or function, with
     a mean or a sum, it makes no graph and needs no engine to walk it: one call computes all, to
     the same bits. Anything that would see the graph (hooks, an input or target that requires
-    grad, transforms, autocast, anomaly mode, a profiler, a parameter in two places) leads to the
-    three lines.
+    grad, transforms, autocast, anomaly mode, hooks on saved tensors, compiled autograd, a
+    profiler, a parameter in two places) leads to the three lines.
 
     Args:
         network: gives the output.
@@ -146,7 +159,7 @@ def forward_backward(
         >>> loss.requires_grad
         False
     """
-    if isinstance(network, FusedSequential) and not _is_compiling():
+    if isinstance(network, FusedSequential) and not _is_compiling() and not _is_captured():
         loss = _C.forward_backward(network, criterion, input, target)
         if loss is None and _keep(criterion):
             loss = _C.forward_backward(network, criterion, input, target)

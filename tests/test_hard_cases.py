@@ -13,13 +13,14 @@ import sys
 import textwrap
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import samples
 import torch
 from samples import ACTIVATIONS, KERNEL_DTYPES, num_threads, outcome, same_bits
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mylayers
@@ -984,3 +985,80 @@ def test_without_gradients_the_result_is_marked_as_the_formulas(operator, mode):
     assert actual.grad_fn is None
     assert actual.is_inference() == expected.is_inference() == (mode is torch.inference_mode)
     assert same_bits(actual, recorded)
+
+
+# ---- memory that was taken away ----------------------------------------------------------------
+
+# Who shards a model empties the storage of parameters that are not in use. Each gives a call and
+# the tensor that it reads.
+FREED: dict[str, Any] = {
+    "linear_act, input": (lambda t: functional.linear_act(t, torch.rand(64, 8)), (2, 64)),
+    "linear_act, weight": (lambda t: functional.linear_act(torch.rand(2, 64), t), (64, 8)),
+    "linear_act, bias": (lambda t: functional.linear_act(torch.rand(2, 64), torch.rand(64, 8), t), (8,)),
+    "center": (functional.center, (4, 8)),
+    "sequential, weight": (
+        lambda t: torch.ops.mylayers.sequential(torch.rand(2, 64), [t], "linear"),
+        (64, 8),
+    ),
+    "sequential, bias": (
+        lambda t: torch.ops.mylayers.sequential(
+            torch.rand(2, 64), [torch.rand(64, 8), t], "linear+bias"
+        ),
+        (8,),
+    ),
+    "sequential, input": (
+        lambda t: torch.ops.mylayers.sequential(t, [torch.rand(64, 8)], "linear+relu"),
+        (2, 64),
+    ),
+    "linear_act_backward, grad_output": (
+        lambda t: torch.ops.mylayers.linear_act_backward(
+            t, torch.rand(2, 64), torch.rand(64, 8), None, None, [True, True, True]
+        ),
+        (2, 8),
+    ),
+    "linear_act_backward, weight": (
+        lambda t: torch.ops.mylayers.linear_act_backward(
+            torch.rand(2, 8), None, t, None, None, [True, False, False]
+        ),
+        (64, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "shape"), FREED.values(), ids=FREED)
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_tensor_without_its_memory_is_refused(call, shape, left, mode):
+    tensor = torch.rand(shape)
+    tensor.untyped_storage().resize_(left)
+    with mode(), pytest.raises(RuntimeError, match=f"memory of its elements.*got a .*{left} bytes"):
+        call(tensor)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("cls", [nn.Linear, mylayers.MyLinear])
+def test_a_network_whose_parameters_were_freed_is_refused_and_comes_back(cls, place):
+    net, x = mylayers.FusedSequential(cls(4, 6), nn.Tanh(), cls(6, 3)), torch.rand(5, 4)
+    expected = net(x)
+    parameter = list(net.parameters())[place]
+    kept = parameter.detach().clone()
+    parameter.untyped_storage().resize_(0)
+    for call in (
+        lambda: net(x),
+        lambda: mylayers.forward_backward(net, nn.MSELoss(), x, torch.zeros(5, 3)),
+        torch.no_grad()(lambda: net(x)),
+        torch.inference_mode()(lambda: net(x)),
+    ):
+        with pytest.raises(RuntimeError, match="memory of its elements"):
+            call()
+    parameter.untyped_storage().resize_(kept.nbytes)
+    parameter.data.copy_(kept)
+    assert torch.equal(net(x), expected)
+
+
+def test_a_gradient_from_memory_that_was_freed_since_is_refused():
+    net, x = mylayers.FusedSequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.rand(5, 4)
+    loss = net(x).sum()
+    net[2].weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="out of bounds for storage of size 0"):  # PyTorch's own
+        loss.backward()

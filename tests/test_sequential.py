@@ -10,6 +10,7 @@ import gc
 import itertools
 import sys
 import threading
+import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import mylayers
 from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, functional, reference
 
 ops = torch.ops.mylayers
@@ -1636,6 +1638,73 @@ def test_global_hooks_see_every_layer(register, x):
     assert len(events) == 9
     assert events == expected_events
     assert_close(actual, expected)
+
+
+def test_hooks_on_all_modules_are_found_where_their_dictionary_is_another(monkeypatch, x):
+    """PyTorch's own tests put one in its place between them."""
+    net, seen = small(), []
+    net(x)
+    monkeypatch.setattr(global_hooks, "_global_forward_hooks", OrderedDict())
+    handle = global_hooks.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    results(net, x)
+    assert seen == [*map(type, net), type(net)]
+    handle.remove()
+    with Calls() as calls:
+        results(net, x)
+    assert len(seen) == len(net) + 1
+    assert [name for name, _ in calls.seen if name.startswith("sequential")] != []
+
+
+# Of the parameters that torch.nn.functional.linear takes, those that our operators refuse.
+SHAPES: dict[str, Callable[[nn.Linear], Any]] = {
+    "a bias of one": lambda m: setattr(m, "bias", nn.Parameter(torch.rand(1))),
+    "a scalar bias": lambda m: setattr(m, "bias", nn.Parameter(torch.rand(()))),
+    "a bias of two dimensions": lambda m: setattr(m, "bias", nn.Parameter(torch.rand(1, 3))),
+    "a bias for each row": lambda m: setattr(m, "bias", nn.Parameter(torch.rand(5, 3))),
+    "a vector for a weight": lambda m: (
+        setattr(m, "bias", None),
+        setattr(m, "weight", nn.Parameter(torch.rand(6))),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_parameters_of_shapes_that_pytorchs_linear_takes(edit, calls, traced):
+    x = torch.rand(5, 4)
+    net = FusedSequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    for _ in range(calls):
+        net(x)
+    edit(net[2])
+    expected = results(stock(net), x)
+    if traced:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            torch.testing.assert_close(torch.jit.trace(net, x)(x), stock(net)(x))
+    for _ in range(3):
+        assert_close(results(net, x), expected)
+    (found,) = (row for row in mylayers.optimize(net).findings if not row.fused)
+    assert found.path == "2"
+
+
+@pytest.mark.parametrize("cls", [nn.Tanh, nn.Linear, MyLinear])
+def test_a_child_that_was_not_initialised_fails_as_in_stock(cls, x):
+    net = FusedSequential(nn.Linear(5, 4), nn.Tanh())
+    net._modules["1"] = cls.__new__(cls)
+    assert outcome(net, x) == outcome(stock(net), x)
+    net._modules["1"] = cls.__new__(cls)
+    net._modules["1"].__dict__["_parameters"] = None
+    assert outcome(net, x) == outcome(stock(net), x)
+
+
+@pytest.mark.parametrize(
+    "child", [nn.Flatten(10**25), nn.Flatten(0, -(10**25)), CenteredLayer(10**25)], ids=repr
+)
+def test_dims_beyond_64_bits_fail_as_the_layer_does(child, x):
+    net = FusedSequential(nn.Linear(5, 4), child, nn.Linear(4, 3))
+    assert outcome(net, x) == outcome(stock(net), x)
 
 
 OBSTACLES: dict[str, Callable[[FusedSequential], Any]] = {

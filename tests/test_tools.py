@@ -9,6 +9,7 @@ import functools
 import io
 import subprocess
 import sys
+from types import ModuleType
 
 import cloudpickle
 import pytest
@@ -327,6 +328,50 @@ def test_a_replaced_function_is_called_as_by_stock_layers(name, planned_before, 
             with Calls() as seen:  # all in their places again
                 call()
             assert [operator for operator, _ in seen.seen] == ["sequential_outputs"]
+
+
+class Instead(ModuleType):
+    """A module in the place of another, which notes what is looked up in it."""
+
+    def __init__(self, original):
+        super().__init__(original.__name__)
+        self.original, self.seen = original, []
+
+    def __getattr__(self, name):
+        self.seen.append(name)
+        return getattr(self.original, name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_module_in_the_place_of_one_that_layers_look_up_in_is_asked(name, monkeypatch):
+    """``mock.patch("torch.nn.modules.linear.F")`` is another way to replace F.linear."""
+    net, x = FusedSequential(*layers_of(name)), torch.rand(3, 2, 4)
+    expected = net(x)
+    asked = 0
+    for owner in {sys.modules[type(layer).__module__] for layer in net}:
+        for own in ("F", "torch", "functional"):
+            if hasattr(owner, own):
+                with monkeypatch.context() as this_one:
+                    instead = Instead(getattr(owner, own))
+                    this_one.setattr(owner, own, instead)
+                    nn.Sequential(*net)(x)
+                    wanted, instead.seen = instead.seen, []
+                    torch.testing.assert_close(net(x), expected)
+                    assert instead.seen == wanted
+                    asked += len(wanted)
+    assert asked > 0
+
+
+@pytest.mark.parametrize("loss", ["MSELoss", "SmoothL1Loss", "HuberLoss", "CrossEntropyLoss"])
+def test_a_module_in_the_place_of_one_that_losses_look_up_in_is_asked(loss, monkeypatch):
+    net, x = FusedSequential(nn.Linear(4, 3)), torch.rand(5, 4)
+    y = torch.tensor([0, 1, 2, 1, 0]) if loss == "CrossEntropyLoss" else torch.rand(5, 3)
+    step = lambda: mylayers.forward_backward(net, LOSSES[loss][0], x, y)  # noqa: E731
+    step()
+    instead = Instead(F)
+    monkeypatch.setattr(nn.modules.loss, "F", instead)
+    step()
+    assert instead.seen == [LOSSES[loss][1].__name__]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

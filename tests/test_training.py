@@ -1,6 +1,6 @@
 """``forward_backward`` against the three lines that it stands for, to the bit.
 
-Whether a call made a graph is seen from outside: only a graph saves tensors.
+Whether a call made a graph is seen from outside: the engine numbers the nodes of graphs.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from samples import (
     same_bits,
 )
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from torch.nn.utils import parametrizations
@@ -59,16 +60,12 @@ def three_lines(
 
 
 @contextlib.contextmanager
-def graphs() -> Iterator[list[Tensor]]:
-    """The tensors that are saved for backward meanwhile."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+def graphs() -> Iterator[list[int]]:
+    """The numbers of the nodes that are made meanwhile."""
+    made: list[int] = []
+    first = torch._C._autograd._get_sequence_nr()
+    yield made
+    made.extend(range(first, torch._C._autograd._get_sequence_nr()))
 
 
 def made(
@@ -483,6 +480,7 @@ MODES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "anomaly": torch.autograd.detect_anomaly,
     "profiler": torch.autograd.profiler.profile,
+    "hooks on saved tensors": lambda: saved_tensors_hooks(lambda t: t * 0.5, lambda t: t),
 }
 
 
@@ -511,6 +509,15 @@ def test_in_a_compiled_function():
         assert torch.allclose(ours, theirs)
 
 
+# It reads .grad of what is no leaf, too.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd_captures_the_step():
+    network, captured = made(), []
+    with compiled_autograd._enable(lambda graph: captured.append(graph) or graph):
+        forward_backward(network, nn.MSELoss(), *data())
+    assert len(captured) == 1
+
+
 def test_on_the_meta_device():
     network = made().to("meta")
     loss = forward_backward(network, nn.MSELoss(), *(t.to("meta") for t in data()))
@@ -532,6 +539,14 @@ ERRORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "no reduction": lambda net, x, t: (net, nn.MSELoss(reduction="none"), x, t),
     "unknown reduction": lambda net, x, t: (net, nn.MSELoss(reduction="max"), x, t),
     "negative delta": lambda net, x, t: (net, nn.HuberLoss(delta=-1.0), x, t),
+    "huge delta": lambda net, x, t: (net, nn.HuberLoss(delta=10**400), x, t),
+    "huge beta": lambda net, x, t: (net, nn.SmoothL1Loss(beta=10**400), x, t),
+    "huge ignore_index": lambda net, x, t: (
+        net,
+        nn.CrossEntropyLoss(ignore_index=2**70),
+        x,
+        t.argmax(1),
+    ),
     "negative beta": lambda net, x, t: (net, nn.SmoothL1Loss(beta=-1.0), x, t),
     "nothing to learn": lambda net, x, t: (net.requires_grad_(False), F.mse_loss, x, t),
     "no criterion": lambda net, x, t: (net, None, x, t),

@@ -48,6 +48,21 @@ class BiasProperty(nn.Linear):
         return super().__getattr__("bias") * 0.5
 
 
+class DictProperty(nn.Linear):
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        own = super().__dict__
+        if "_parameters" not in own:
+            return own
+        halves = {name: value * 0.5 for name, value in own["_parameters"].items()}
+        return {**own, "_parameters": halves}
+
+
+class Versioned(nn.Linear):
+    _version = 2
+    call_super_init = True
+
+
 class MyWeightProperty(MyLinear):
     @property
     def weight(self) -> Tensor:
@@ -377,6 +392,10 @@ def tagged(net: Any) -> None:
     net[0].weight = Tagged(net[0].weight.detach())
 
 
+def broadcast(net: Any) -> None:
+    net[0].bias = nn.Parameter(torch.full((1,), 0.3))
+
+
 def noted(net: Any) -> None:
     net.note = net[0].note = "text"
 
@@ -408,6 +427,9 @@ CASES = [
     Case("`weight` of a `MyLinear` is a property", lambda: MyWeightProperty(4, 4)),
     Case("an attribute such as `alpha` is a property",
          lambda: nn.Sequential(nn.Linear(4, 4), Alpha())),
+    Case("`__dict__` is a property", lambda: DictProperty(4, 4)),
+    Case("a layer's class has a `_version` of its state, `call_super_init`",
+         lambda: Versioned(4, 4)),
     Case("a layer's class has `__getattr__`", lambda: GetAttr(4, 4)),
     Case("a layer's class has `__getattribute__`", lambda: GetAttribute(4, 4)),
     Case("a `MyLinear`'s class has `__getattribute__`", lambda: MyGetAttribute(4, 4)),
@@ -429,6 +451,7 @@ CASES = [
     Case("the network has a `_call_impl` of its own", edit=own_call_impl),
     Case("`_parameters` of a layer is a dictionary of another class", edit=other_dictionary),
     Case("a parameter's class has `__torch_function__`", edit=tagged),
+    Case("a bias that is broadcast", edit=broadcast),
     Case("a parametrized weight", edit=parametrized),
     Case("`weight_norm`", edit=lambda net: parametrizations.weight_norm(net[0])),
     Case("`spectral_norm`", lambda: parametrizations.spectral_norm(nn.Linear(4, 4)).eval()),

@@ -13,6 +13,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/smooth_l1_loss.h>
 #include <ATen/ops/smooth_l1_loss_backward.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/function.h>
@@ -92,7 +93,7 @@ at::Tensor forward_backward(
     const at::Tensor& input, at::TensorList parameters, const Program& program,
     const Criterion& criterion, const at::Tensor& target) {
   if (!at::GradMode::is_enabled() || torch::autograd::AnomalyMode::is_enabled() ||
-      input.requires_grad() || input.is_inference()) {
+      !at::SavedTensorDefaultHooks::get_tls_state().stack.empty() || input.requires_grad() || input.is_inference()) {
     return {};
   }
   GradientsAskedFor asked = {false};
