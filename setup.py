@@ -15,6 +15,13 @@ from pathlib import Path
 
 from setuptools import setup
 
+if sys.platform != "linux":
+    raise SystemExit(
+        "mylayers is built on Linux alone (x86-64 or 64-bit Arm): its libraries are linked, and find "
+        f"each other, by what Linux's linkers have; this is {sys.platform}. On macOS and Windows "
+        "install it in a Linux container or virtual machine."
+    )
+
 try:
     import torch
 except ModuleNotFoundError:
@@ -71,8 +78,7 @@ def check_tools() -> None:
         raise SystemExit(
             f"mylayers compiles C++ and found no compiler ('{COMPILER[0]}' is not on the PATH). "
             "Install one and try again: 'apt-get install g++' on Debian and Ubuntu, "
-            "'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or name yours "
-            "in the environment variable CXX."
+            "'dnf install gcc-c++' on Fedora; or name yours in the environment variable CXX."
         )
     if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
         raise SystemExit(

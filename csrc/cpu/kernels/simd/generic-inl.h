@@ -2,6 +2,7 @@
 
 constexpr int kBytes = 16;
 constexpr int kRegisters = 16;  // x86-64's; some have more
+constexpr int kSums = 12;
 constexpr bool kFuses = false;
 
 #include "types-inl.h"

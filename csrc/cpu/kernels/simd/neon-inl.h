@@ -2,6 +2,9 @@
 
 constexpr int kBytes = 16;
 constexpr int kRegisters = 32;
+// A multiply-add takes an element of a from a register, not from memory, and g++ 12 loads those of
+// all rows first: of 24 sums two went to memory and back in every step.
+constexpr int kSums = 20;
 constexpr bool kFuses = true;
 
 #include "types-inl.h"
