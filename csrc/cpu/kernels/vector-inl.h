@@ -48,9 +48,6 @@ INLINE vec<acc_t<T>> load_strided(const T* p, int64_t stride, int n) {
   if (stride == 1) {
     return load_n(p, n);
   }
-  if (n > kLanes<acc_t<T>>) {
-    __builtin_unreachable();  // g++ 12 for Arm warns of stores beyond lanes
-  }
   T lanes[kLanes<acc_t<T>>] = {};
   for (int l = 0; l < n; ++l) {
     std::memcpy(lanes + l, p + l * stride, sizeof(T));
