@@ -6,6 +6,7 @@ programs may link it too; ``mylayers._C`` is what Python needs beside it, and is
 
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,13 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+
+if sys.platform != "linux":
+    raise SystemExit(
+        "mylayers is built on Linux alone (x86-64 or 64-bit Arm): its libraries are linked, and find "
+        f"each other, by what Linux's linkers have; this is {sys.platform}. On macOS and Windows "
+        "install it in a Linux container or virtual machine."
+    )
 
 try:
     import torch
@@ -71,8 +79,7 @@ def check_tools() -> None:
         raise SystemExit(
             f"mylayers compiles C++ and found no compiler ('{COMPILER[0]}' is not on the PATH). "
             "Install one and try again: 'apt-get install g++' on Debian and Ubuntu, "
-            "'dnf install gcc-c++' on Fedora, 'xcode-select --install' on macOS; or name yours "
-            "in the environment variable CXX."
+            "'dnf install gcc-c++' on Fedora; or name yours in the environment variable CXX."
         )
     if not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")):
         raise SystemExit(
@@ -95,8 +102,10 @@ def compiler_flags() -> list[str]:
         return []
     if "clang" in version:
         return ["-Wno-unknown-pragmas"]  # OpenMP's own
-    # g++ 12 warns inside its own AVX-512 headers (GCC bug 105593).
-    return ["-fopenmp", "-Wno-maybe-uninitialized"]
+    # g++ 12 warns inside its own AVX-512 headers (GCC bug 105593), and for Arm of stores behind a
+    # loop's last.
+    arm = ["-Wno-stringop-overflow"] if platform.machine() == "aarch64" else []
+    return ["-fopenmp", "-Wno-maybe-uninitialized", *arm]
 
 
 class Build(BuildExtension):

@@ -748,6 +748,8 @@ py::dict build_info() {
   info["cplusplus"] = static_cast<int64_t>(__cplusplus);
 #if defined(__x86_64__)
   info["instruction_sets"] = py::make_tuple("generic", "avx2", "avx512");
+#elif defined(__aarch64__)
+  info["instruction_sets"] = py::make_tuple("neon");
 #else
   info["instruction_sets"] = py::make_tuple("generic");
 #endif

@@ -80,9 +80,10 @@ def main() -> int:
     print(f"mylayers {__version__}")
     print(f"  built for    torch {info['torch']}, {info['compiler']}, C++ {info['cplusplus']}")
     sets = ", ".join(info["instruction_sets"])
-    print(
-        f"  CPU kernels  {sets}; this machine runs {info['kernels']}, tuned for {info['tuned_for']}"
-    )
+    tuned_for = info["tuned_for"] or "none that was measured"
+    print(f"  CPU kernels  {sets}; this machine runs {info['kernels']}, tuned for {tuned_for}")
+    torchs = "PyTorch's, but for small ones; MYLAYERS_PRODUCTS=own makes all ours"
+    print(f"  products     {torchs if info['products'] == 'torch' else 'ours'}")
     units = "AVX512-BF16" if info["bfloat16_units"] else "float32 arithmetic"
     units = "the tiles of AMX" if info["amx"] else units
     print(f"  bfloat16     on {units}")

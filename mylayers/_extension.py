@@ -33,7 +33,12 @@ def build_info() -> dict[str, Any]:
           ``__cplusplus``).
         - ``instruction_sets``: those compiled; ``kernels``: the one that this processor runs
           (lowered by ``ATEN_CPU_CAPABILITY``, as PyTorch's own kernels are); ``tuned_for``: the
-          microarchitecture that their numbers were measured on, the nearest to this one.
+          microarchitecture that their numbers were measured on, the nearest to this one, or None
+          where no machine with these kernels was measured (``"generic"``, ``"neon"``).
+        - ``products``: ``"own"`` where these kernels compute every product; ``"torch"`` where
+          PyTorch's do, but for those of up to 2^15 multiply-adds: that is where ``tuned_for`` is
+          None, unless ``MYLAYERS_PRODUCTS=own`` was set before the import. A row's bits then
+          depend on the other rows of its batch, and on the number of threads.
         - ``bfloat16_units``: whether bfloat16 products run on the processor's 16-bit matrix
           units (AVX512-BF16 or AMX), which take subnormal values for zero; ``amx``: whether on
           the tiles of AMX, which float32 products take too where PyTorch's setting

@@ -503,6 +503,8 @@ def main() -> None:
     if given.case is not None:
         check(given.case)
         return
+    if mylayers.build_info()["products"] != "own":
+        parser.error("no machine of this kind was measured: set MYLAYERS_PRODUCTS=own")
     begin = time.monotonic()
     checked = run(given.cases, given.seed, given.last)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(checked.items()))

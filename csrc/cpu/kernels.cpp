@@ -33,11 +33,14 @@ bool is_golden_cove() {
 #endif
 
 const Kernels& choose() {
+#if defined(__aarch64__)
+  return neon_kernels();
+#else
+#if defined(__x86_64__)
   // PyTorch's own variable, so that one setting lowers both libraries alike.
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   const bool only_generic = cap && std::strcmp(cap, "default") == 0;
   const bool no_avx512 = only_generic || (cap && std::strcmp(cap, "avx2") == 0);
-#if defined(__x86_64__)
   if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     // Zen 4, alone of its family to have AVX-512: it took 1.13 to 1.26 times as long for one row of
@@ -71,12 +74,8 @@ const Kernels& choose() {
     return avx2_kernels();
   }
 #endif
-  static const Kernels unmeasured = [] {
-    Kernels changed = generic_kernels();
-    changed.tuned_for = nullptr;
-    return changed;
-  }();
-  return unmeasured;
+  return generic_kernels();
+#endif
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The inner loops of every CPU kernel, compiled once per instruction set.
 //
-// The *-inl.h files are one source for all of them; kernels_{generic,avx2,avx512}.cpp
+// The *-inl.h files are one source for all of them; kernels_{generic,avx2,avx512,neon}.cpp
 // compile it under their own target, and kernels() picks a table once, by what the
 // processor can do. Everything here works on raw pointers on one thread; who splits
 // work among threads sits one level up (gemm.cpp, linear_act.cpp, center.cpp).
@@ -232,7 +232,9 @@ struct Tuning {
 
 struct Kernels {
   const char* name;
-  const char* tuned_for;  // the microarchitecture that tuning was measured on
+  // The microarchitecture that tuning was measured on; null: none, and nobody knows whether these
+  // kernels are faster than PyTorch's there (gemm_aten.h).
+  const char* tuned_for;
   Tuning tuning;
   ProductKernels<float> f32_product;
   ProductKernels<double> f64_product;
@@ -277,8 +279,9 @@ inline const StorageKernels<bfloat16_t>& Kernels::storage<bfloat16_t>() const {
 // The table for this processor, chosen at first use.
 MYLAYERS_API const Kernels& kernels();
 
-// One per source file; the x86 ones exist on x86 only.
+// One per source file: neon on 64-bit Arm, where it is the only one; avx2 and avx512 on x86.
 const Kernels& generic_kernels();
+const Kernels& neon_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 

@@ -1,3 +1,4 @@
-// Whatever the compiler's default target has: SSE2 on x86-64, NEON on Arm.
+#if !defined(__aarch64__)
 #define MYLAYERS_ISA generic
 #include "kernels-inl.h"
+#endif

@@ -2,6 +2,7 @@
 
 constexpr int kBytes = 32;
 constexpr int kRegisters = 16;
+constexpr int kSums = 12;
 constexpr bool kFuses = true;
 
 #include "types-inl.h"

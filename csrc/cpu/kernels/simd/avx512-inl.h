@@ -2,6 +2,7 @@
 
 constexpr int kBytes = 64;
 constexpr int kRegisters = 32;
+constexpr int kSums = 24;
 constexpr bool kFuses = true;
 #define MYLAYERS_HAS_STREAMING_STORES
 #define MYLAYERS_HAS_PACK_WHOLE_PAIR_ROW
