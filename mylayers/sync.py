@@ -20,8 +20,8 @@ from mylayers import functional
 
 __all__ = ["Group", "center"]
 
-# ATen's sum in a wider dtype first converts all of its input into fresh memory. So runs are summed as
-# they are, and only their sums are widened. 16-bit values are converted piece by piece.
+# ATen's sum in a wider dtype first converts all of its input into fresh memory. So runs are summed
+# as they are, and only their sums are widened. 16-bit values are converted piece by piece.
 _SMALL = 1 << 16
 _RUN = 128
 _PIECE = 1 << 18
