@@ -621,8 +621,8 @@ LINEAR_SHAPES = (
         (65536, 64, 64),
         (1024, 1024, 1024),
     ),
-    # Around the edges of blocks: 6 rows and 64 columns in registers; in cache 256 of the sum's
-    # terms, 512 columns and 256 rows.
+    # Around the edges of AVX-512's microkernel, 6 rows and 64 columns, and of a task: 256 of the
+    # sum's terms, 512 columns, 256 rows.
     *_shapes((5, 63, 65), (6, 256, 64), (7, 257, 129), (65, 255, 513), (257, 257, 257)),
     WIDE,
     TALL,
