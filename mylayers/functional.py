@@ -106,3 +106,13 @@ def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
         dims = [dim] if isinstance(dim, int) else dim
         return torch.ops.mylayers.center(input, dims)  # type: ignore[no-any-return]
     return _C.center(input, dim)
+
+
+def _center_in_a_script(input: Tensor, dim: int | list[int] | None = None) -> Tensor:
+    if isinstance(dim, int):
+        return torch.ops.mylayers.center(input, [dim])  # type: ignore[no-any-return]
+    return torch.ops.mylayers.center(input, dim)  # type: ignore[no-any-return]
+
+
+# TorchScript, which asks for this, knows no Sequence.
+center.__prepare_scriptable__ = lambda: _center_in_a_script  # type: ignore[attr-defined]

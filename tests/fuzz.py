@@ -47,15 +47,40 @@ WORK, MUCH_WORK = 1 << 17, 1 << 21
 # Around tiles, vectors, panels and chunks, and anything between.
 EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 FAR = (127, 128, 129, 255, 256, 257, 258, 300, 511, 513, 1000, 1024, 1025, 1100)
-size = st.one_of(st.integers(0, 9), st.sampled_from(EDGES), st.integers(0, 70))
-any_size = st.integers(0, 29).flatmap(lambda n: st.sampled_from(FAR) if n == 29 else size)
-layout = st.integers(0, 2).flatmap(
-    lambda n: st.just("contiguous") if n == 0 else st.sampled_from(list(LAYOUTS))
-)
+# Each draw costs Hypothesis as much as a kernel: one of a list in which likely values stand more
+# often, of strategies that are made once.
+SIZES = [*range(10)] * 7 + [*EDGES] * 3 + [*range(71)]
+size = st.sampled_from(SIZES)
+any_size = st.sampled_from([*SIZES, *SIZES, *FAR])
+layout = st.sampled_from(["contiguous"] * 5 + list(LAYOUTS))
+layout_or_none = st.sampled_from([None] * 15 + ["contiguous"] * 5 + list(LAYOUTS))
 activation = st.sampled_from(ACTIVATIONS)
 dtype = st.sampled_from(list(DTYPES))
 threads = st.sampled_from([1, 2, 3])
-work = st.integers(0, 49).map(lambda n: MUCH_WORK if n == 49 else WORK)
+first_row = st.integers(0, 20)
+work = st.sampled_from([WORK] * 49 + [MUCH_WORK])
+rank_of = {
+    "linear_act": st.sampled_from([0, 1, 1, 1, 1, 2, 3]),
+    "center": st.sampled_from([0, 1, 1, 2, 2, 2, 3, 4]),
+    "sequential": st.sampled_from([1, 2, 2, 2, 3, 4]),
+}
+
+
+def flags(count: int) -> st.SearchStrategy[list[bool]]:
+    """So many of them, in one draw."""
+    return st.integers(0, 2**count - 1).map(lambda n: [bool(n >> i & 1) for i in range(count)])
+
+
+def dims(rank: int, most: int) -> st.SearchStrategy[list[int]]:
+    """Up to so many dimensions, none twice, some counted from the end."""
+    each = st.integers(-rank, rank - 1)
+    return st.lists(each, max_size=most, unique_by=lambda d: d % rank)
+
+
+any_dim = {
+    rank: st.none() | st.integers(-max(rank, 1), max(rank, 1) - 1) | dims(max(rank, 1), rank)
+    for rank in range(5)
+}
 
 
 def fitted(sizes: list[int], budget: int) -> list[int]:
@@ -69,7 +94,7 @@ def fitted(sizes: list[int], budget: int) -> list[int]:
 
 @st.composite
 def linear_act_cases(draw: st.DrawFn) -> Case:
-    rank = draw(st.sampled_from([0, 1, 1, 1, 1, 2, 3]))
+    rank = draw(rank_of["linear_act"])
     sizes = [draw(any_size if n == 0 else size) for n in range(rank)]
     *lead, in_units, units = fitted([*sizes, draw(any_size), draw(any_size)], draw(work))
     return {
@@ -79,31 +104,33 @@ def linear_act_cases(draw: st.DrawFn) -> Case:
         "in_units": in_units,
         "units": units,
         "activation": draw(activation),
-        "layouts": [draw(layout), draw(layout), draw(st.none() | layout), draw(layout)],
-        "wanted": [draw(st.booleans()) for _ in range(3)],
+        "layouts": [draw(layout), draw(layout), draw(layout_or_none), draw(layout)],
+        "wanted": draw(flags(3)),
         "threads": draw(threads),
-        "first_row": draw(st.integers(0, 20)),
+        "first_row": draw(first_row),
         "whole": draw(st.booleans()),
     }
 
 
 @st.composite
 def center_cases(draw: st.DrawFn) -> Case:
-    rank = draw(st.sampled_from([0, 1, 1, 2, 2, 2, 3, 4]))
+    rank = draw(rank_of["center"])
     shape = fitted([draw(any_size) for _ in range(rank)], draw(work))
     if rank and draw(st.integers(0, 19)) == 19:
         shape[draw(st.integers(0, rank - 1))] = draw(st.sampled_from([4099, 8193]))
         shape = fitted(shape, MUCH_WORK)
-    each = st.integers(-max(rank, 1), max(rank, 1) - 1)
-    several = st.lists(each, max_size=rank, unique_by=lambda d: d % max(rank, 1))
     return {
         "kind": "center",
         "dtype": draw(dtype),
         "shape": shape,
-        "dim": draw(st.none() | each | several),
+        "dim": draw(any_dim[rank]),
         "layouts": [draw(layout), draw(layout)],
         "threads": draw(threads),
     }
+
+
+kind_of_step = st.sampled_from(["linear", "linear_t"] * 3 + ["activation", "center", "flatten"])
+activation_step = st.sampled_from(list(reference.ACTIVATIONS))
 
 
 @st.composite
@@ -111,9 +138,7 @@ def programs(draw: st.DrawFn, shape: list[int]) -> tuple[str, list[list[int]]]:
     """A program for an input of this shape, and its parameters' shapes."""
     shape, steps, parameters = list(shape), [], []
     for _ in range(draw(st.integers(1, 6))):
-        kind = draw(
-            st.sampled_from(["linear", "linear_t"] * 3 + ["activation", "center", "flatten"])
-        )
+        kind = draw(kind_of_step)
         if kind.startswith("linear"):
             units, bias, act = draw(size), draw(st.booleans()), draw(activation)
             steps.append(kind + ("+bias" if bias else "") + (f"+{act}" if act else ""))
@@ -121,11 +146,10 @@ def programs(draw: st.DrawFn, shape: list[int]) -> tuple[str, list[list[int]]]:
             parameters += [[units]] if bias else []
             shape[-1] = units
         elif kind == "activation":
-            steps.append(draw(st.sampled_from(list(reference.ACTIVATIONS))))
+            steps.append(draw(activation_step))
         elif kind == "center":
-            each = st.integers(-len(shape), len(shape) - 1)
-            dims = draw(st.lists(each, max_size=2, unique_by=lambda d: d % len(shape)))
-            steps.append(f"center({','.join(map(str, dims))})" if dims else "center")
+            over = draw(dims(len(shape), 2))
+            steps.append(f"center({','.join(map(str, over))})" if over else "center")
         else:
             first = draw(st.integers(0, len(shape) - 1))
             last = draw(st.integers(first, len(shape) - 1))
@@ -141,7 +165,7 @@ def programs(draw: st.DrawFn, shape: list[int]) -> tuple[str, list[list[int]]]:
 
 @st.composite
 def sequential_cases(draw: st.DrawFn) -> Case:
-    rank = draw(st.sampled_from([1, 2, 2, 2, 3, 4]))
+    rank = draw(rank_of["sequential"])
     shape = fitted([draw(any_size if n == 0 else size) for n in range(rank)], 1 << 12)
     program, parameters = draw(programs(shape))
     return {
@@ -151,9 +175,9 @@ def sequential_cases(draw: st.DrawFn) -> Case:
         "program": program,
         "parameters": parameters,
         "layouts": [draw(layout) for _ in range(2 + len(parameters))],
-        "wanted": [draw(st.booleans()) for _ in range(1 + len(parameters))],
+        "wanted": draw(flags(1 + len(parameters))),
         "threads": draw(threads),
-        "first_row": draw(st.integers(0, 20)),
+        "first_row": draw(first_row),
     }
 
 
@@ -164,13 +188,14 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "huber": lambda: nn.HuberLoss(delta=0.7),
     "cross_entropy": nn.CrossEntropyLoss,
 }
+loss_name = st.sampled_from(list(LOSSES))
+between = st.sampled_from(["ReLU", "Tanh", "Sigmoid", "ELU", "Identity", "CenteredLayer"])
 
 
 @st.composite
 def training_cases(draw: st.DrawFn) -> Case:
-    loss = draw(st.sampled_from(list(LOSSES)))
+    loss = draw(loss_name)
     units = [draw(st.integers(1, 70)) for _ in range(draw(st.integers(2, 5)))]
-    some = ["ReLU", "Tanh", "Sigmoid", "ELU", "Identity", "CenteredLayer"]
     lead = [draw(st.integers(1, 70))]
     if loss != "cross_entropy":
         lead += draw(st.lists(st.integers(1, 4), max_size=1))
@@ -179,9 +204,9 @@ def training_cases(draw: st.DrawFn) -> Case:
         "dtype": draw(st.sampled_from(["float32", "float64"])),
         "lead": lead,
         "units": units,
-        "between": [draw(st.sampled_from(some)) for _ in units[1:]],
-        "ours": [draw(st.booleans()) for _ in units[1:]],
-        "bias": [draw(st.booleans()) for _ in units[1:]],
+        "between": [draw(between) for _ in units[1:]],
+        "ours": draw(flags(len(units) - 1)),
+        "bias": draw(flags(len(units) - 1)),
         "frozen": [*(draw(st.integers(0, 5)) == 5 for _ in units[2:]), False],
         "loss": loss,
         "layouts": [draw(layout)],
@@ -189,25 +214,36 @@ def training_cases(draw: st.DrawFn) -> Case:
     }
 
 
+some_shape = st.lists(st.integers(0, 5), max_size=3)
+some_dtype = st.sampled_from([*DTYPES, "int64", "complex64", "bool"])
+some_operator = st.sampled_from(["linear_act", "center", "sequential", "module"])
+some_activation = activation | st.just("swish") | st.integers(0, 2)
+some_dim = (
+    st.none()
+    | st.integers(-4, 4)
+    | st.lists(st.integers(-4, 4), max_size=3)
+    | st.just("0")
+    | st.just([0.5])
+)
+some_step = st.sampled_from(
+    ["linear", "linear_t+bias", "tanh", "center", "center(0,-1)", "center(7)", "flatten(0,9)"]
+)
+# Not st.text, which makes a table of all of Unicode first.
+some_program = st.lists(some_step, min_size=1, max_size=3).map("; ".join) | st.lists(
+    st.sampled_from("linear_t+bias;()cfgu,-012 "), max_size=24
+).map("".join)
+
+
 @st.composite
 def wrong_cases(draw: st.DrawFn) -> Case:
     """Arguments that do not go together, mostly."""
-    shape = st.lists(st.integers(0, 5), max_size=3)
-    each = st.integers(-4, 4)
-    text = st.text("linear_t+bias;()cfgu,-012 ", max_size=24)
-    step = st.sampled_from(
-        ["linear", "linear_t+bias", "tanh", "center", "center(0,-1)", "center(7)", "flatten(0,9)"]
-    )
     return {
         "kind": "wrong",
-        "operator": draw(st.sampled_from(["linear_act", "center", "sequential", "module"])),
-        "tensors": [
-            [draw(shape), draw(st.sampled_from([*DTYPES, "int64", "complex64", "bool"]))]
-            for _ in range(draw(st.integers(1, 4)))
-        ],
-        "activation": draw(activation | st.just("swish") | st.integers(0, 2)),
-        "dim": draw(st.none() | each | st.lists(each, max_size=3) | st.just("0") | st.just([0.5])),
-        "program": draw(st.lists(step, min_size=1, max_size=3).map("; ".join) | text),
+        "operator": draw(some_operator),
+        "tensors": [[draw(some_shape), draw(some_dtype)] for _ in range(draw(st.integers(1, 4)))],
+        "activation": draw(some_activation),
+        "dim": draw(some_dim),
+        "program": draw(some_program),
         "requires_grad": draw(st.booleans()),
     }
 

@@ -37,7 +37,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import mylayers
-from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, functional, reference
+from mylayers import (
+    CenteredLayer,
+    FusedSequential,
+    LazyMyLinear,
+    MyLinear,
+    functional,
+    reference,
+    sequential,
+)
 
 ops = torch.ops.mylayers
 
@@ -1443,6 +1451,42 @@ def test_a_subclass_that_iterates_otherwise_computes_in_that_order(x):
     net = Reversed(nn.Linear(4, 4), nn.Linear(4, 4))
     for _ in range(3):
         assert_close(net(x), net[0](net[1](x)))
+
+
+def test_a_subclass_that_looks_at_each_result_before_it_gives_the_next_child(x):
+    class Exit(FusedSequential):
+        def __iter__(self) -> Iterator[nn.Module]:
+            for child in self._modules.values():
+                if self.done:
+                    return
+                yield child
+
+    net = Exit(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4))
+    net.done = False
+    net[1].register_forward_hook(lambda *_: setattr(net, "done", True))
+    for _ in range(3):
+        net.done = False
+        assert_close(net(x), net[0](x))
+
+
+@pytest.mark.parametrize("way", ["__iter__", "_modules"])
+def test_what_gives_its_children_in_a_way_of_its_own_is_not_planned_at_each_call(
+    way, x, monkeypatch
+):
+    class Own(FusedSequential):
+        if way == "__iter__":
+
+            def __iter__(self) -> Iterator[nn.Module]:
+                return iter(self._modules.values())
+
+    net = Own(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    if way == "_modules":
+        net._modules = OrderedDict(net._modules)
+    expected = nn.Sequential.forward(net, x)
+    for function in ("plan", "_parts"):
+        monkeypatch.setattr(sequential, function, lambda *_: pytest.fail("planned"))
+    for _ in range(3):
+        assert same_bits(net(x), expected)
 
 
 def test_children_in_an_ordered_dictionary_that_was_reordered(x):

@@ -487,6 +487,24 @@ def test_the_function_scripts_too():
     assert "mylayers::linear_act" in str(layer.inlined_graph)
 
 
+@pytest.mark.parametrize("dim", [None, 1, [0, -1]], ids=str)
+def test_center_scripts_by_itself(dim):
+    x = torch.rand(3, 4, 2)
+    center = stored(torch.jit.script(mylayers.functional.center))
+    assert torch.equal(center(x, dim), mylayers.functional.center(x, dim))
+    assert "mylayers::center" in str(center.inlined_graph)
+
+
+def test_center_scripts_where_it_is_called():
+    def layer(x):
+        return mylayers.functional.center(x, 1) * mylayers.functional.center(x, [0, -1])
+
+    x = torch.rand(3, 4, 2)
+    scripted = torch.jit.script(layer)
+    assert torch.equal(scripted(x), layer(x))
+    assert "mylayers::center" in str(scripted.inlined_graph)
+
+
 def test_a_mean_over_processes_says_what_to_use_instead_of_scripting():
     layer = CenteredLayer()
     layer._group = sync.Group("0", (0, 1))
