@@ -14,10 +14,9 @@
 #include <vector>
 
 #include "center.h"
-#include "cpu/gemm.h"
-#include "cpu/gemm_amx.h"
 #include "cpu/gemm_aten.h"
 #include "cpu/huge_pages.h"
+#include "cpu/machine/tuning.h"
 #include "linear_act.h"
 #include "plans.h"
 #include "sequential.h"
@@ -353,9 +352,8 @@ bool is_matrix_and_vector(const at::Tensor& weight, const at::Tensor* bias, int6
     return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   };
   return weight.dim() == 2 &&
-         (bias == nullptr ||
-          (bias->dim() == 1 && (is_symbolic(weight) || is_symbolic(*bias) ||
-                                bias->size(0) == weight.size(of_units))));
+         (bias == nullptr || (bias->dim() == 1 && (is_symbolic(weight) || is_symbolic(*bias) ||
+                                                   bias->size(0) == weight.size(of_units))));
 }
 
 // (a tensor, a tensor or None, 0 or 1), as a child that is planned for has them.
@@ -368,11 +366,10 @@ bool takes_parameters(const py::object& weight, const py::object& bias, int64_t 
 
 // The same of a child that a linear step of a program is for.
 bool takes_parameters(const mylayers::Step& step, const Found& found) {
-  return found.foreign ||
-         is_matrix_and_vector(
-             THPVariable_Unpack(found.weight),
-             found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
-             step.transposed ? 0 : 1);
+  return found.foreign || is_matrix_and_vector(
+                              THPVariable_Unpack(found.weight),
+                              found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
+                              step.transposed ? 0 : 1);
 }
 
 // The next children of a network, from a place in its _modules on. Into `children`, if given; into
@@ -765,10 +762,11 @@ py::dict build_info() {
 #endif
   info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
-  info["tuned_for"] = mylayers::cpu::kernels().tuned_for;
+  const mylayers::cpu::Tuning& machine = mylayers::cpu::machine();
+  info["tuned_for"] = machine.measured ? py::cast(machine.name) : py::none();
   info["products"] = mylayers::cpu::has_aten_products() ? "torch" : "own";
-  info["amx"] = mylayers::cpu::has_amx();
-  info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
+  info["amx"] = machine.bf16 == mylayers::cpu::Bf16Units::kAmx;
+  info["bfloat16_units"] = machine.bf16 != mylayers::cpu::Bf16Units::kNone;
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();
   return info;
 }

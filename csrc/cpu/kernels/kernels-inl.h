@@ -43,6 +43,8 @@ namespace {
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+// In this order, as each uses those before it.
+// clang-format off
 // simd/avx2-inl.h and its like.
 #include MYLAYERS_STRING(simd/MYLAYERS_ISA-inl.h)
 #include "blocking-inl.h"
@@ -81,6 +83,7 @@ constexpr AmxKernels kAmx = {};
 #include "epilogue-inl.h"
 #include "mean-inl.h"
 #include "table-inl.h"
+// clang-format on
 
 }  // namespace
 }  // namespace mylayers::cpu::MYLAYERS_ISA
