@@ -352,9 +352,8 @@ bool is_matrix_and_vector(const at::Tensor& weight, const at::Tensor* bias, int6
     return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   };
   return weight.dim() == 2 &&
-         (bias == nullptr ||
-          (bias->dim() == 1 && (is_symbolic(weight) || is_symbolic(*bias) ||
-                                bias->size(0) == weight.size(of_units))));
+         (bias == nullptr || (bias->dim() == 1 && (is_symbolic(weight) || is_symbolic(*bias) ||
+                                                   bias->size(0) == weight.size(of_units))));
 }
 
 // (a tensor, a tensor or None, 0 or 1), as a child that is planned for has them.
@@ -367,11 +366,10 @@ bool takes_parameters(const py::object& weight, const py::object& bias, int64_t 
 
 // The same of a child that a linear step of a program is for.
 bool takes_parameters(const mylayers::Step& step, const Found& found) {
-  return found.foreign ||
-         is_matrix_and_vector(
-             THPVariable_Unpack(found.weight),
-             found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
-             step.transposed ? 0 : 1);
+  return found.foreign || is_matrix_and_vector(
+                              THPVariable_Unpack(found.weight),
+                              found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
+                              step.transposed ? 0 : 1);
 }
 
 // The next children of a network, from a place in its _modules on. Into `children`, if given; into
