@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum
 from types import GetSetDescriptorType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ def judge(cls: type, stock: Stock) -> tuple[int, Difference]:
     return version, found
 
 
-def is_index(value: object) -> bool:
+def is_index(value: object) -> TypeGuard[int]:
     """Whether it is an int, of no class of its own, that PyTorch takes."""
     return type(value) is int and -(2**63) <= value < 2**63
 

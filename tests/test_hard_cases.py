@@ -994,7 +994,10 @@ def test_without_gradients_the_result_is_marked_as_the_formulas(operator, mode):
 FREED: dict[str, Any] = {
     "linear_act, input": (lambda t: functional.linear_act(t, torch.rand(64, 8)), (2, 64)),
     "linear_act, weight": (lambda t: functional.linear_act(torch.rand(2, 64), t), (64, 8)),
-    "linear_act, bias": (lambda t: functional.linear_act(torch.rand(2, 64), torch.rand(64, 8), t), (8,)),
+    "linear_act, bias": (
+        lambda t: functional.linear_act(torch.rand(2, 64), torch.rand(64, 8), t),
+        (8,),
+    ),
     "center": (functional.center, (4, 8)),
     "sequential, weight": (
         lambda t: torch.ops.mylayers.sequential(torch.rand(2, 64), [t], "linear"),

@@ -93,7 +93,8 @@ at::Tensor forward_backward(
     const at::Tensor& input, at::TensorList parameters, const Program& program,
     const Criterion& criterion, const at::Tensor& target) {
   if (!at::GradMode::is_enabled() || torch::autograd::AnomalyMode::is_enabled() ||
-      !at::SavedTensorDefaultHooks::get_tls_state().stack.empty() || input.requires_grad() || input.is_inference()) {
+      !at::SavedTensorDefaultHooks::get_tls_state().stack.empty() || input.requires_grad() ||
+      input.is_inference()) {
     return {};
   }
   GradientsAskedFor asked = {false};
