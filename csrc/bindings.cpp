@@ -14,9 +14,8 @@
 #include <vector>
 
 #include "center.h"
-#include "cpu/gemm.h"
-#include "cpu/gemm_amx.h"
 #include "cpu/huge_pages.h"
+#include "cpu/machine/tuning.h"
 #include "linear_act.h"
 #include "plans.h"
 #include "sequential.h"
@@ -708,9 +707,9 @@ py::dict build_info() {
 #endif
   info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
-  info["tuned_for"] = mylayers::cpu::kernels().tuned_for;
-  info["amx"] = mylayers::cpu::has_amx();
-  info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
+  info["tuned_for"] = mylayers::cpu::machine().name;
+  info["amx"] = mylayers::cpu::machine().bf16 == mylayers::cpu::Bf16Units::kAmx;
+  info["bfloat16_units"] = mylayers::cpu::machine().bf16 != mylayers::cpu::Bf16Units::kNone;
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();
   return info;
 }

@@ -59,7 +59,14 @@ def test_build_info_tells_what_was_built():
     assert info["kernels"] in info["instruction_sets"]
     assert "generic" in info["instruction_sets"]
     assert isinstance(info["bfloat16_units"], bool)
-    assert info["tuned_for"] in ("Zen 3", "Zen 4", "Zen 5", "Golden Cove")
+    assert info["tuned_for"] in (
+        "generic",
+        "Zen 3",
+        "Zen 4",
+        "Zen 5",
+        "Golden Cove",
+        "Golden Cove with AMX",
+    )
     assert isinstance(info["amx"], bool)
     assert info["bfloat16_units"] or not info["amx"]
     assert Path(info["file"]).parent == INSTALLED
