@@ -83,6 +83,7 @@ def test_every_lab_page_that_the_code_names_exists():
     named = {
         name for file in sources for name in re.findall(r"\[lab: ([\w-]+)\]", file.read_text())
     }
+    named.discard("NAME")  # how to read them
     assert "skinny-gemm" in named
     lab = ROOT / "docs" / "lab"
     assert sorted(name for name in named if not list(lab.glob(f"????-??-{name}.md"))) == []
