@@ -76,6 +76,19 @@ def test_every_path_that_is_named_exists(name):
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
 
 
+def test_every_lab_page_that_the_code_names_exists():
+    sources = [
+        file for file in (ROOT / "csrc").rglob("*.*") if file.suffix in {".h", ".cpp", ".cu"}
+    ]
+    named = {
+        name for file in sources for name in re.findall(r"\[lab: ([\w-]+)\]", file.read_text())
+    }
+    named.discard("NAME")  # how to read them
+    assert "skinny-gemm" in named
+    lab = ROOT / "docs" / "lab"
+    assert sorted(name for name in named if not list(lab.glob(f"????-??-{name}.md"))) == []
+
+
 def test_every_page_can_be_reached_from_the_index():
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / target).resolve() for target in LINK.findall(prose(index))}

@@ -2,7 +2,7 @@
 //
 // They change how fast a result comes and never its bits: what bits depend on (kLongPiece,
 // kRunChunk, kRoundedWeight and their like) stands where it is used, one value for all processors.
-// [lab: name] is the page docs/lab/YYYY-MM-name.md on which a number was found.
+// [lab: NAME] is the page docs/lab/YYYY-MM-NAME.md on which a number was found.
 #pragma once
 
 #include <cstdint>
