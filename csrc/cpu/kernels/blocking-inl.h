@@ -1,10 +1,10 @@
 // Sizes of the microkernels of an instruction set, and the numbers that go with them.
 
 // Vectors across a whole register tile, and rows of one of so many vectors: kSums registers hold
-// sums, leaving room for one row of b and the broadcast element of a. With AVX2 a step of 4 rows and 3 vectors takes 7 loads where 6 and 2 take 8: on
-// Zen 3 1024 x 1024 x 1024 took 0.93 to 0.98 of the time, 64 x 1024 x 1024 0.76 to 1.01.
-// Without multiply-adds a 16th register holds the product. Of one vector twice as many rows: six
-// sums would wait for their last multiply-adds.
+// sums, leaving room for one row of b and the broadcast element of a. With AVX2 a step of 4 rows
+// and 3 vectors takes 7 loads where 6 and 2 take 8: on Zen 3 1024 x 1024 x 1024 took 0.93 to 0.98
+// of the time, 64 x 1024 x 1024 0.76 to 1.01. Without multiply-adds a 16th register holds the
+// product. Of one vector twice as many rows: six sums would wait for their last multiply-adds.
 constexpr int kTileVectors = kRegisters == 32 ? 4 : kFuses ? 3 : 2;
 constexpr int tile_rows(int vectors) {
   return vectors == 1 ? 12 : vectors == 2 ? 6 : kSums / vectors;
