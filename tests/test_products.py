@@ -33,6 +33,9 @@ from torch import Tensor, nn
 import mylayers
 from mylayers import FusedSequential, functional, reference
 
+# PyTorch's own, once a process, on an Arm processor without bfloat16's instructions.
+pytestmark = pytest.mark.filterwarnings("ignore:mkldnn_matmul failed")
+
 INFO = mylayers.build_info()
 WHOSE = "from mylayers import build_info as b; print(b()['products'], b()['tuned_for'])"
 UNMEASURED = {"ATEN_CPU_CAPABILITY": "default", "MYLAYERS_PRODUCTS": ""}
