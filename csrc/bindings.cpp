@@ -563,6 +563,18 @@ PyObject* call_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Children that are given in a way of their own, which may look at what the last one did.
+py::object run_iterated(PyObject* network, py::object x) {
+  const auto children = owned(PyObject_GetIter(network));
+  while (const auto child = py::reinterpret_steal<py::object>(PyIter_Next(children.ptr()))) {
+    x = owned(PyObject_CallOneArg(child.ptr(), x.ptr()));
+  }
+  if (PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return x;
+}
+
 // (a FusedSequential, input): its forward. Refused where nothing is known of its children as they
 // are.
 PyObject* run_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -571,16 +583,14 @@ PyObject* run_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* network = args[0];
   const py::object own = owned(PyObject_GenericGetDict(network, nullptr));
   PyObject* given = PyDict_GetItemWithError(own.ptr(), names().modules);
-  if (given == nullptr) {
-    if (PyErr_Occurred() != nullptr) {
-      throw py::error_already_set();
-    }
-    return Py_NewRef(refused());
+  if (given == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  const auto x = borrowed(args[1]);
+  if (given == nullptr || !PyDict_CheckExact(given)) {
+    return run_iterated(network, x).release().ptr();
   }
   const py::object modules = borrowed(given);
-  if (!PyDict_CheckExact(given)) {
-    return Py_NewRef(refused());
-  }
   const bool watched_by_hooks = has_global_hooks();
   const uint64_t replaced = replaced_functions();
   const auto plan = known_of<Plan>(network, [&](const Plan& made) {
@@ -591,9 +601,9 @@ PyObject* run_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
            (watched_by_hooks || all_fit(made, modules.ptr()));
   });
   if (plan == nullptr) {
-    return Py_NewRef(refused());
+    return iterates(Py_TYPE(network)) ? Py_NewRef(refused())
+                                      : run_iterated(network, x).release().ptr();
   }
-  const auto x = borrowed(args[1]);
   return (watched_by_hooks ? run_one_by_one(modules, x) : run_parts(*plan, modules, x))
       .release()
       .ptr();

@@ -366,7 +366,7 @@ def _keep_plan(network: "FusedSequential") -> bool:
     """Let the extension know how to run the network as it is; whether there is a way."""
     cls, own = type(network), dict(network.__dict__)
     modules = own.get("_modules")
-    if type(modules) is not dict or not _iterates_as_stock(cls):
+    if type(modules) is not dict:
         return False
     version, difference = stock.judge(cls, _STOCK_NETWORK)
     kind: stock.Kind = cls, 0, None
@@ -392,15 +392,6 @@ def _keep_plan(network: "FusedSequential") -> bool:
         return False
     _C.keep_plan(network, kind, replaced, is_direct, tuple(parts))
     return True
-
-
-def _iterates_as_stock(cls: type[nn.Sequential]) -> bool:
-    """Whether it gives its children as ``nn.Sequential`` does, whatever else it has."""
-    return (
-        cls.__iter__ is nn.Sequential.__iter__
-        and cls.__getattribute__ is object.__getattribute__
-        and not hasattr(cls, "_modules")
-    )
 
 
 def _entry_of_network(name: str) -> tuple[str, int, None]:
@@ -528,7 +519,6 @@ class FusedSequential(nn.Sequential):
         output = _C.run_network(self, input)
         if output is _REFUSED and _keep_plan(self):
             output = _C.run_network(self, input)
-        # Refused: what gives its children in a way of its own may look at what the last one did.
         return _one_by_one(self, input) if output is _REFUSED else output
 
 

@@ -157,6 +157,24 @@ def test_another_library_than_the_one_that_was_built_is_refused(runner, monkeypa
         sanitize.sanitize(name, whole=False)
 
 
+def test_a_whole_run_has_1e5_cases_every_instruction_set_and_the_threads(tmp_path):
+    cases = 0
+    for name in sanitize.SANITIZERS:
+        steps = list(sanitize.steps(name, True, tmp_path / "last"))
+        drawn = [command for step, command, _ in steps if step.startswith("fuzz")]
+        cases += sum(int(command[command.index("--cases") + 1]) for command in drawn)
+        for label, capability in sanitize.CAPABILITIES.items():
+            environments = [e for step, _, e in steps if step.endswith(f", {label}")]
+            expected = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+            assert environments == [expected] * 2, (name, label)
+        said = str([command for _, command, _ in steps])
+        for file in ("sequential", "layers", "training", "optimization", "threads"):
+            assert f"tests/test_{file}.py" in said, (name, file)
+        assert "what_a_module_may_do" in said
+        assert "tests/stress.py" in said
+    assert cases >= 100_000
+
+
 # ---- drawn calls -----------------------------------------------------------------------
 
 
