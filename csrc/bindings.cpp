@@ -8,12 +8,15 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
 
+#include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "center.h"
+#include "cpu/gemm/plan.h"
 #include "cpu/gemm_aten.h"
 #include "cpu/huge_pages.h"
 #include "cpu/machine/tuning.h"
@@ -781,6 +784,64 @@ py::dict build_info() {
   return info;
 }
 
+py::dict task_plan(const mylayers::cpu::TaskPlan& task) {
+  py::dict told;
+  told["path"] = mylayers::cpu::path_name(task.path);
+  told["depth"] = task.depth;
+  told["copies_a"] = task.copies_a;
+  told["packs_b"] = task.packs_b;
+  told["keeps_a"] = task.keeps_a;
+  told["keeps_b"] = task.keeps_b;
+  return told;
+}
+
+py::tuple machines() {
+  py::list names;
+  for (const auto& row : mylayers::cpu::tunings()) {
+    names.append(row.name);
+  }
+  return py::tuple(names);
+}
+
+// The plan of a product on a row of the table; None: this machine, as it was found.
+py::dict product_plan(
+    int64_t m, int64_t n, int64_t k, const std::string& dtype, std::pair<int64_t, int64_t> a,
+    std::pair<int64_t, int64_t> b, bool rounds, int64_t in_turn, int64_t threads,
+    const std::optional<std::string>& machine) {
+  using namespace mylayers::cpu;
+  const std::vector<std::string> dtypes = {"float32", "float64", "float16", "bfloat16"};
+  const auto type = std::find(dtypes.begin(), dtypes.end(), dtype);
+  const Tuning* row = machine ? find_tuning(*machine) : &mylayers::cpu::machine();
+  if (type == dtypes.end()) {
+    throw py::value_error("plan: dtype must be one of those with a CPU kernel; got " + dtype);
+  }
+  if (row == nullptr) {
+    throw py::value_error("plan: machine must be one of machines(); got '" + *machine + "'");
+  }
+  if (m <= 0 || n <= 0 || k < 0 || threads <= 0) {
+    throw py::value_error(
+        "plan: sizes and threads must be positive; got " + std::to_string(m) + "x" +
+        std::to_string(k) + "x" + std::to_string(n) + " on " + std::to_string(threads));
+  }
+  ProductShape shape = {
+      m, n, k, {a.first, a.second}, {b.first, b.second},
+      static_cast<ValueType>(type - dtypes.begin())};
+  shape.rounds = rounds && shape.type == ValueType::kFloat32 && may_round(n, k, *row);
+  const auto chosen = mylayers::cpu::plan(shape, in_turn, threads, *row);
+  py::dict told;
+  told["machine"] = row->name;
+  told["rounds"] = shape.rounds;
+  told["memory"] = chosen.source != Source::kCache;
+  told["threads"] = chosen.threads;
+  told["rows"] = chosen.rows;
+  told["columns"] = chosen.cols;
+  told["row_blocks"] = chosen.row_blocks;
+  told["column_blocks"] = chosen.col_blocks;
+  told["task"] = task_plan(chosen.task(0, 0));
+  told["last_task"] = task_plan(chosen.tasks[1][1]);
+  return told;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -802,4 +863,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("class_version", class_version);
   m.def("known_objects", known_objects);
   m.def("build_info", build_info);
+  m.def("machines", machines);
+  m.def("plan", product_plan);
 }

@@ -34,3 +34,17 @@ def keep_loss(loss: object, kind: Kind, criterion: tuple[int, int, float, int]) 
 def class_version(cls: type) -> int: ...
 def known_objects() -> int: ...
 def build_info() -> dict[str, Any]: ...
+def machines() -> tuple[str, ...]: ...
+def plan(
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    a: tuple[int, int],
+    b: tuple[int, int],
+    rounds: bool,
+    in_turn: int,
+    threads: int,
+    machine: str | None,
+    /,
+) -> dict[str, Any]: ...

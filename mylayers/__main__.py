@@ -1,4 +1,7 @@
-"""``python -m mylayers``: what was built, what it runs on, and whether it computes right."""
+"""``python -m mylayers``: what was built, what it runs on, and whether it computes right.
+
+``python -m mylayers explain 16x1024x1024 --dtype bfloat16``: which way a product goes.
+"""
 
 import itertools
 import math
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mylayers import __version__, build_info, functional, reference
+from mylayers import __version__, _explain, build_info, functional, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -111,5 +114,18 @@ def main() -> int:
     return 0 if passed else 1
 
 
+def run(arguments: Sequence[str]) -> int:
+    """The command line behind ``python -m mylayers``."""
+    if not arguments:
+        return main()
+    if arguments[0] == "explain":
+        return _explain.main(arguments[1:])
+    print(
+        f"python -m mylayers: expected nothing, or explain ROWSxINxOUT; got {' '.join(arguments)}",
+        file=sys.stderr,
+    )
+    return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(sys.argv[1:]))

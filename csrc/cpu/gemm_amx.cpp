@@ -7,7 +7,6 @@
 #include <type_traits>
 
 #include "ceil_div.h"
-#include "machine/tuning.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -17,13 +16,13 @@ namespace {
 
 // Terms in a row of a tile, which sums are cut at; rows and columns of a tile.
 constexpr int64_t kTerms = 32;
-constexpr int64_t kEdge = 16;
+constexpr int64_t kEdge = kAmxTileRows;
 // Terms of one pass: a panel is then 32 KiB, which stay in level-1 cache while the rows go by.
 constexpr int64_t kDepth = 256;
 // The same of few rows and a b whose columns are runs of memory: those are read a page at a time.
 constexpr int64_t kRunDepth = 1024;
 // Rows of one pass, whose 128 KiB stay in level-2 cache while the panels go by.
-constexpr int64_t kRows = 256;
+constexpr int64_t kRows = kAmxPassRows;
 // Columns and terms that are packed together, 4 MiB.
 constexpr int64_t kColumns = 512;
 constexpr int64_t kDeep = 4096;
@@ -236,12 +235,7 @@ void Product<In, Out>::by_rows(int64_t threads) {
 template <class In, class Out>
 void gemm_amx(
     int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias, Activation act,
-    Out* out, int64_t out_row, bool alone) {
-  // A tile of one row takes as long as one of sixteen, and so does packing for it.
-  const double rows = static_cast<double>(std::max(m, kEdge));
-  const double work = rows * static_cast<double>(n) * static_cast<double>(k);
-  const bool small = work <= machine().serial_work_amx;
-  const int64_t threads = alone || small ? 1 : Team::threads();
+    Out* out, int64_t out_row, int64_t threads) {
   const int64_t most = k > kDeep ? kMostRows : m;
   for (int64_t i = 0; i < m; i += most) {
     const int64_t rows = std::min(most, m - i);
@@ -253,7 +247,7 @@ void gemm_amx(
 #define INSTANTIATE(In, Out)                                                                      \
   template void gemm_amx<In, Out>(                                                                \
       int64_t, int64_t, int64_t, Matrix<In>, Matrix<In>, const float*, Activation, Out*, int64_t, \
-      bool);
+      int64_t);
 INSTANTIATE(bfloat16_t, bfloat16_t)
 INSTANTIATE(bfloat16_t, float)
 INSTANTIATE(float, float)
