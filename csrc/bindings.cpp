@@ -823,9 +823,12 @@ py::dict product_plan(
         "plan: sizes and threads must be positive; got " + std::to_string(m) + "x" +
         std::to_string(k) + "x" + std::to_string(n) + " on " + std::to_string(threads));
   }
-  ProductShape shape = {
-      m, n, k, {a.first, a.second}, {b.first, b.second},
-      static_cast<ValueType>(type - dtypes.begin())};
+  ProductShape shape = {m,
+                        n,
+                        k,
+                        {a.first, a.second},
+                        {b.first, b.second},
+                        static_cast<ValueType>(type - dtypes.begin())};
   shape.rounds = rounds && shape.type == ValueType::kFloat32 && may_round(n, k, *row);
   const auto chosen = mylayers::cpu::plan(shape, in_turn, threads, *row);
   py::dict told;

@@ -216,10 +216,7 @@ void run_passes(
   const bool in_scratch = kNarrow || many;
   const int64_t widest = plan.depth;
 
-  const Scratch<C> b_panel(
-      widest * (plan.packs_b   ? kPanel
-                : plan.keeps_b ? product.strip
-                               : 0));
+  const Scratch<C> b_panel(widest * (plan.packs_b ? kPanel : plan.keeps_b ? product.strip : 0));
   const Scratch<C> a_tiles(plan.keeps_a ? m * widest : 0);
   const Copies<C> copies = {
       plan.keeps_a ? a_tiles.get() : nullptr, plan.keeps_b ? b_panel.get() : nullptr};
