@@ -14,10 +14,9 @@
 #include <vector>
 
 #include "center.h"
-#include "cpu/gemm.h"
-#include "cpu/gemm_amx.h"
 #include "cpu/gemm_aten.h"
 #include "cpu/huge_pages.h"
+#include "cpu/machine/tuning.h"
 #include "linear_act.h"
 #include "plans.h"
 #include "sequential.h"
@@ -711,10 +710,11 @@ py::dict build_info() {
 #endif
   info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
   info["kernels"] = mylayers::cpu::kernels().name;
-  info["tuned_for"] = mylayers::cpu::kernels().tuned_for;
+  const auto& machine = mylayers::cpu::machine();
+  info["tuned_for"] = machine.measured ? machine.name : nullptr;
   info["products"] = mylayers::cpu::has_aten_products() ? "torch" : "own";
-  info["amx"] = mylayers::cpu::has_amx();
-  info["bfloat16_units"] = mylayers::cpu::has_bf16_units();
+  info["amx"] = machine.bf16 == mylayers::cpu::Bf16Units::kAmx;
+  info["bfloat16_units"] = machine.bf16 != mylayers::cpu::Bf16Units::kNone;
   info["huge_pages"] = mylayers::cpu::wants_huge_pages();
   return info;
 }

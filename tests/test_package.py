@@ -58,7 +58,8 @@ def test_build_info_tells_what_was_built():
     info = mylayers.build_info()
     assert info["kernels"] in info["instruction_sets"]
     assert isinstance(info["bfloat16_units"], bool)
-    assert info["tuned_for"] in ("Zen 3", "Zen 4", "Zen 5", "Golden Cove", None)
+    measured = ("Zen 3", "Zen 4", "Zen 5", "Golden Cove", "Golden Cove with AMX")
+    assert info["tuned_for"] in (*measured, None)
     assert (info["tuned_for"] is None) == (info["kernels"] in ("generic", "neon"))
     assert isinstance(info["amx"], bool)
     assert info["bfloat16_units"] or not info["amx"]

@@ -12,7 +12,9 @@
 #include <algorithm>
 #include <numeric>
 
+#include "ceil_div.h"
 #include "dtypes.h"
+#include "machine/tuning.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -33,8 +35,6 @@ constexpr int64_t kRunInCache = 1 << 14;
 // times as long.
 constexpr int64_t kWideStrip = 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Whether a result of so many bytes is written past the caches: on processors that gain by it
 // (Tuning), where it and x do not fit in level 3 together. Of whole tensors and of rows that took
 // 0.67 to 0.99 of the time, of columns 0.41 to 0.89; with a sum of the result behind it 0.85 to
@@ -44,7 +44,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // whole cache lines: of lines written in two parts, columns took 1.2 to 1.5 times as long.
 bool past_caches(const void* out, int64_t row_bytes, int64_t bytes, int64_t shares) {
   constexpr int64_t kLine = 64, kFresh = int64_t{32} << 20;
-  const int64_t level3 = kernels().tuning.level3;
+  const int64_t level3 = machine().level3_bytes;
   return level3 > 0 && bytes < kFresh && 2 * bytes >= (shares == 1 ? level3 : level3 / 4 * 5) &&
          row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0;
 }

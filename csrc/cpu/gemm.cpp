@@ -6,81 +6,26 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ceil_div.h"
 #include "gemm_amx.h"
 #include "gemm_aten.h"
+#include "machine/tuning.h"
 #include "scratch.h"
 
 namespace mylayers::cpu {
 
-bool has_bf16_units() {
-#if defined(__x86_64__)
-  static const bool usable =
-      kernels().bf16_pairs.block != nullptr && __builtin_cpu_supports("avx512bf16");
-  return usable;
-#else
-  return false;
-#endif
-}
-
 namespace {
 
-// One task: at most this many rows of a and columns of b. Its share of the output, of a for one
-// depth and of b where that is packed then stay in level-2 cache, while rows of b are read in
-// runs of 2 KiB.
-constexpr int64_t kRowBlock = 256;
-constexpr int64_t kColumnBlock = 512;
-// Tasks of our own bfloat16 tiles are higher, as each packs its share of the weight: 1024 x 1024 x
-// 1024 took 1.02 to 1.07 times as long in 256 rows, 1024 x 256 x 256 1.02 to 1.05. In float16,
-// whose sums lie in scratch memory of 1 MiB then, 1024 x 256 x 256 took 2.3 times as long.
-constexpr int64_t kPairRowBlock = 1024;
-// A task that streams has this many sums, 32 KiB of float32: it reads runs as long as level-1 cache
-// allows. One row of 4096 x 4096, on one thread: 2.4 ms in runs of 2 KiB, 2.1 in whole rows; 4 rows
-// of 1024 x 1024: 90 and 61 us.
-constexpr int64_t kStreamSums = 8192;
-// One of more rows has this many, 256 KiB.
-constexpr int64_t kSums = 1 << 16;
-// A weight that spans so much is likely to come from memory. Few rows wait for it, and stream it:
-// 16 rows of 4096 x 4096 took 1.2 to 1.3 times as long in float32, and twice in float16, while
-// tiles touched 256 bytes of a row at a time. From a cache float32 is read as fast by tiles, whose
-// sums stay in registers; kernels().tuning says up to how many rows streaming pays.
-constexpr int64_t kFarBytes = 16 << 20;
-// One that spans so much leaves level-2 cache, or level 1.
-constexpr int64_t kNearBytes = 1 << 20;
-constexpr int64_t kLevel1Bytes = 1 << 15;
 // Rows that lie a multiple of this apart share their sets of the caches.
 constexpr int64_t kCollision = 4096;
-// Columns that pay for a copy of a: 100 x 784 x 100 took 1.05 times as long with one.
-constexpr int64_t kCopyingColumns = 128;
-// Up to so many rows bfloat16 is paired on the way: 16 rows of 1024 x 1024 took 1.13 times as long
-// with packed pairs, 32 no longer.
-constexpr int64_t kManyPairRows = 16;
-// Rows of b per pass over the task, about: 256 x 64 float32, a panel, are 64 KiB. Up to
-// kShallowRows rows of a, and tiles that copy b, go twice as deep, to load and store their sums
-// half as often: 1.02 to 1.04 times as fast.
-constexpr int64_t kDepthBlock = 256;
-constexpr int64_t kShallowRows = 32;
-// Pairs are packed for so many columns and so deep, few rows taking long runs of b. Only one panel
-// of them (128 KiB) and the rows of a are read again and again: 4096 x 1024 x 1024 took 1.07 times
-// as long in tasks of 256 columns, 512 deep, that stay in level-2 cache as a whole.
-constexpr int64_t kPackedPairs = 1 << 19;
-constexpr int64_t kMostPairColumns = 1024;
-constexpr int64_t kLeastPairDepth = 64;
+// Lanes of the widest vector: columns are cut at multiples.
 constexpr int64_t kWidestLane = 16;
-// A task of bands has this many rows, to pack what it reads of b less often: whole tiles, whose
-// share of a stays in level-2 cache beside that of b.
-constexpr int64_t kBandBlock = 480;
-// Terms up to which a product of 16 bits is multiplied in bands on every processor, its sums going
-// through level-1 cache instead of level 2; and the fewest rows for which b is packed for that.
-constexpr int64_t kFlatNarrow = 16;
-constexpr int64_t kFlatRows = 32;
-// Multiply-adds below which a second thread costs more than it saves.
-constexpr double kSerialWork = 1 << 19;
-// Long sums are cut into pieces of at least this many terms.
+// Bits depend on where long sums are cut: into pieces of at least this many terms, and no more of
+// them, at multiples.
 constexpr int64_t kLongPiece = 2048;
 constexpr int64_t kMostPieces = 64;
+constexpr int64_t kPieceMultiple = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // From one row to the next, so that rows do not lie in the same sets of the caches: an odd number
 // of lines, of float32.
 int64_t apart(int64_t cols) { return round_up(cols, 32) + 16; }
@@ -94,11 +39,11 @@ bool spans(int64_t bytes, int64_t k, const Matrix<T>& b) {
 // What multiplies bfloat16: AMX; else, of AVX512-BF16, tiles of pairs in registers; else float32.
 template <class T>
 bool uses_amx() {
-  return std::is_same_v<T, bfloat16_t> && has_amx();
+  return std::is_same_v<T, bfloat16_t> && machine().bf16 == Bf16Units::kAmx;
 }
 template <class T>
 bool uses_pair_tiles() {
-  return std::is_same_v<T, bfloat16_t> && has_bf16_units() && !has_amx();
+  return std::is_same_v<T, bfloat16_t> && machine().bf16 == Bf16Units::kDot;
 }
 
 // A bias as AMX's products add it.
@@ -127,7 +72,8 @@ constexpr int64_t kRoundedWeight = 1 << 18;
 // torch.set_float32_matmul_precision("medium") or torch.backends.mkldnn.matmul.fp32_precision =
 // "bf16" let PyTorch's own products do so, on AMX.
 bool rounds_float32(int64_t n, int64_t k) {
-  return n >= kPanel && k >= kPanel && n * k >= kRoundedWeight && has_amx() &&
+  return n >= kPanel && k >= kPanel && n * k >= kRoundedWeight &&
+         machine().bf16 == Bf16Units::kAmx &&
          at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
              at::Float32Precision::BF16;
 }
@@ -170,11 +116,12 @@ void gemm_serial_bf16(
     int64_t m, int64_t n, int64_t k, Matrix<bfloat16_t> a, Matrix<bfloat16_t> b, Source source,
     const bfloat16_t* bias, Activation act, Out* c, int64_t c_row) {
   const auto& pairs = kernels().bf16_pairs;
-  if (m <= kManyPairRows && b.col == 1 && n > kPanel) {
+  if (m <= machine().pair_skinny_max_rows && b.col == 1 && n > kPanel) {
     return stream_bf16(m, n, k, a, b, source, bias, act, c, c_row);
   }
   const int64_t panels = ceil_div(n, kPanel);
-  const int64_t block = std::max(kLeastPairDepth, kPackedPairs / (panels * kPanel) / 2 * 2);
+  const int64_t block = std::max(
+      machine().pair_min_depth, machine().packed_pairs / (panels * kPanel) / 2 * 2);
   const int64_t widest = std::min(round_up(k, 2), block);
   // Four lines more than a panel has: the next one would lie in the same sets of the caches.
   const int64_t panel_size = widest * kPanel + 2 * kPanel;
@@ -230,12 +177,13 @@ void gemm_serial_bf16(
 // 1.04 to 1.14 times as long, and on a Zen 4 networks whose rows collide up to 1.27 times.
 template <class T>
 Source source_of(int64_t k, int64_t n, const Matrix<T>& b, int64_t in_turn) {
-  const Source memory = kernels().tuning.memory;
+  const Source memory = machine().memory;
+  const int64_t bytes = machine().memory_bytes;
   if (b.col == 1) {
-    return in_turn >= kFarBytes || spans(kFarBytes, k, b) ? memory : Source::kCache;
+    return in_turn >= bytes || spans(bytes, k, b) ? memory : Source::kCache;
   }
   const bool collide = b.col * static_cast<int64_t>(sizeof(T)) % kCollision == 0;
-  const bool far = in_turn >= 2 * kFarBytes || spans(kFarBytes, n, b.transposed());
+  const bool far = in_turn >= 2 * bytes || spans(bytes, n, b.transposed());
   const bool asks = memory != Source::kMemoryByLevel2 || !collide;
   return far && asks ? memory : Source::kCache;
 }
@@ -243,20 +191,22 @@ Source source_of(int64_t k, int64_t n, const Matrix<T>& b, int64_t in_turn) {
 // Whether m rows stream b, with stream_many.
 template <class T>
 bool streams_many(int64_t m, int64_t k, const Matrix<T>& b, Source source) {
-  const Tuning& rows = kernels().tuning;
+  const Tuning& rows = machine();
   constexpr bool kNarrow = !std::is_same_v<T, acc_t<T>>;
-  const int64_t most = source != Source::kCache  ? rows.far
-                       : kNarrow                 ? rows.narrow
-                       : spans(kNearBytes, k, b) ? rows.near
-                                                 : 0;
+  const int64_t most = source != Source::kCache        ? rows.skinny_max_rows_memory
+                       : kNarrow                       ? rows.skinny_max_rows_16bit
+                       : spans(rows.level2_bytes, k, b) ? rows.skinny_max_rows_l2_miss
+                                                       : 0;
   return m > kStreamRows && m <= most && b.col == 1;
 }
 
 // Whether tiles of m rows copy what they share of b.
 template <class T>
 bool copies_b(int64_t m, int64_t k, const Matrix<T>& b) {
-  const Tuning& rows = kernels().tuning;
-  return rows.copying && b.col == 1 && spans(m < rows.copying ? kNearBytes : kLevel1Bytes, k, b);
+  const Tuning& tuning = machine();
+  const bool many = m >= tuning.copying_min_rows;
+  return tuning.copying_min_rows && b.col == 1 &&
+         spans(many ? tuning.level1_bytes : tuning.level2_bytes, k, b);
 }
 
 // Whether m rows are multiplied in bands (gemm_bands): with a large b, of which strips that follow
@@ -268,39 +218,46 @@ bool takes_bands(int64_t m, int64_t n, int64_t k, const Matrix<T>& b) {
     return false;
   }
   constexpr bool kWiden = !std::is_same_v<T, acc_t<T>>;
-  const Tuning& tuning = kernels().tuning;
-  const bool large = spans(kNearBytes, k, b) || spans(kNearBytes, n, b.transposed());
-  if (tuning.bands > 0 && m >= tuning.bands && n > kPanel && k > kStreamDepth && large) {
+  const Tuning& tuning = machine();
+  const bool large =
+      spans(tuning.level2_bytes, k, b) || spans(tuning.level2_bytes, n, b.transposed());
+  if (tuning.bands_min_rows > 0 && m >= tuning.bands_min_rows && n > kPanel && k > kStreamDepth &&
+      large) {
     return true;
   }
   const int64_t least = kWiden ? 1 : kStreamDepth + 1;
-  const int64_t most = std::max(tuning.flat, kWiden ? kFlatNarrow : 0);
-  return n >= kColumnBlock && m > kFlatRows && k >= least && k <= most;
+  const int64_t most =
+      std::max(tuning.bands_max_terms, kWiden ? tuning.bands_max_terms_16bit : 0);
+  return n >= tuning.task_columns && m >= tuning.bands_flat_min_rows && k >= least && k <= most;
 }
 
 // Whether tiles of n columns copy what they share of a.
 template <class T>
 bool copies_a(int64_t m, int64_t n, int64_t k, const Matrix<T>& a) {
   const bool apart =
-      a.col == 1 ? a.row * sizeof(T) % kCollision == 0 : spans(kLevel1Bytes, k, a.transposed());
-  return kernels().tuning.copying && m > kernels().product<acc_t<T>>().rows &&
-         n >= kCopyingColumns && apart;
+      a.col == 1 ? a.row * sizeof(T) % kCollision == 0
+                 : spans(machine().level1_bytes, k, a.transposed());
+  return machine().copying_min_rows && m > kernels().product<acc_t<T>>().rows &&
+         n >= machine().copying_min_columns && apart;
 }
 
 // Rows and columns of one task of gemm, at most; their numbers change no bit.
 template <class T>
 int64_t row_block(int64_t m, int64_t n, int64_t k, const Matrix<T>& b) {
-  return uses_pair_tiles<T>() ? kPairRowBlock : takes_bands(m, n, k, b) ? kBandBlock : kRowBlock;
+  return uses_pair_tiles<T>()     ? machine().pair_task_rows
+         : takes_bands(m, n, k, b) ? machine().bands_task_rows
+                                   : machine().task_rows;
 }
 
 template <class T>
 int64_t column_block(int64_t m, int64_t k, const Matrix<T>& b, Source source) {
   const bool streams = m <= kStreamRows && k > kStreamDepth && b.col == 1;
-  return streams                ? kStreamSums / m
-         : uses_pair_tiles<T>() ? std::clamp(kSums / m, kColumnBlock, kMostPairColumns)
-         : streams_many(m, k, b, source)
-             ? std::clamp(kSums / m, kColumnBlock, kernels().tuning.columns)
-             : kColumnBlock;
+  const Tuning& tuning = machine();
+  const int64_t many = tuning.skinny_many_sums / m, least = tuning.task_columns;
+  return streams                          ? tuning.skinny_sums / m
+         : uses_pair_tiles<T>()           ? std::clamp(many, least, tuning.pair_max_columns)
+         : streams_many(m, k, b, source) ? std::clamp(many, least, tuning.skinny_max_columns)
+                                          : least;
 }
 
 // Passes of equal depth, as near to `deepest` as they can be: a short last one would load and store
@@ -318,7 +275,7 @@ void gemm_bands(
   constexpr bool kWiden = !std::is_same_v<T, C>, kNarrow = !std::is_same_v<Out, C>;
   const auto& product = kernels().product<C>();
   const auto& storage = kernels().storage<T>();
-  const int64_t band = product.rows, widest = pass_depth(k, kDepthBlock);
+  const int64_t band = product.rows, widest = pass_depth(k, machine().depth);
   const bool copy_a = kWiden || a.col != 1;
   const Scratch<C> strips(widest * round_up(n, product.strip));
   const Scratch<C> a_rows(copy_a ? m * widest : 0);
@@ -405,8 +362,8 @@ void gemm_serial(
   const bool keep_b = tiles && !kWiden && copies_b(m, k, b);
   const bool in_scratch = kNarrow || many;
 
-  const int64_t deepest = keep_b || (m <= kShallowRows && !many) ? 2 * kDepthBlock : kDepthBlock;
-  const int64_t widest = pass_depth(k, deepest);
+  const bool deep = keep_b || (m <= machine().shallow_rows && !many);
+  const int64_t widest = pass_depth(k, deep ? 2 * machine().depth : machine().depth);
 
   const Scratch<C> b_panel(widest * (pack_b ? kPanel : keep_b ? product.strip : 0));
   const Scratch<C> a_tiles(keep_a ? m * widest : 0);
@@ -512,7 +469,7 @@ void gemm(
   const Source source = source_of(k, n, b, in_turn);
   const int64_t tile = kernels().product<acc_t<T>>().rows;
   const double work = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  const bool alone = work <= kSerialWork || at::in_parallel_region();
+  const bool alone = work <= machine().serial_work || at::in_parallel_region();
   const int64_t threads = alone ? 1 : at::get_num_threads();
   // As many tasks as keep every thread busy to the end. Columns are split before rows, because
   // tasks that share columns of b each pack them. Bits do not depend on this choice.
@@ -529,10 +486,11 @@ void gemm(
   // 512 columns had two threads fault in, and zero, the same pages of 2 MiB: a fresh 4096 x 4096
   // float32 result took 1.3 to 1.4 times as long, on one thread as well.
   const bool few_terms = std::is_same_v<T, acc_t<T>> && k <= kStreamDepth;
-  const bool flat = k <= std::max(kernels().tuning.flat, kFlatNarrow) && takes_bands(m, n, k, b);
+  const int64_t few = std::max(machine().bands_max_terms, machine().bands_max_terms_16bit);
+  const bool flat = k <= few && takes_bands(m, n, k, b);
   if ((few_terms || flat) && m >= threads * tile) {
     col_blocks = 1;
-    row_blocks = round_up(ceil_div(m, kRowBlock), threads);
+    row_blocks = round_up(ceil_div(m, machine().task_rows), threads);
   }
   // Whole tiles; equal tasks come first, so that columns are cut in whole vectors: of 257 in whole
   // panels one thread had 192.
@@ -569,7 +527,7 @@ void gemm_long(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T* c) 
   }
   // A result this large keeps the threads busy without cutting its sums.
   constexpr int64_t kLargeResult = 256 * 256;
-  const int64_t piece = std::max(kLongPiece, round_up(ceil_div(k, kMostPieces), kDepthBlock));
+  const int64_t piece = std::max(kLongPiece, round_up(ceil_div(k, kMostPieces), kPieceMultiple));
   const int64_t pieces = ceil_div(k, piece);
   if (pieces < 2 || m * n > kLargeResult || is_aten_product(m, n, k)) {
     gemm<T>(m, n, k, a, b, nullptr, Activation::kNone, c);

@@ -1,7 +1,6 @@
 // Matrix products on the CPU, threads included.
 #pragma once
 
-#include "../export.h"
 #include "kernels/kernels.h"
 
 namespace mylayers::cpu {
@@ -15,10 +14,6 @@ struct Matrix {
   Matrix at(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
   Matrix transposed() const { return {data, col, row}; }
 };
-
-// Whether bfloat16 products run on the processor's 16-bit matrix units (AVX512-BF16, AMX). The
-// units treat subnormal bfloat16 values as zero, in PyTorch's own products as well.
-MYLAYERS_API bool has_bf16_units();
 
 // c (m, n) contiguous = act(a (m, k) @ b (k, n) + bias (n) or nothing), accumulated in
 // acc_t<T>, rounded once. A row of c depends on its row of a, on b and on bias alone, to

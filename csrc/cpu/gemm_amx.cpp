@@ -5,37 +5,13 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
+#include "ceil_div.h"
+#include "machine/tuning.h"
 #include "scratch.h"
 #include "team.h"
 
 namespace mylayers::cpu {
-
-bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  static const bool usable = [] {
-    if (kernels().amx.block == nullptr || !__builtin_cpu_supports("avx512bf16")) {
-      return false;
-    }
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTiles) == 0) {
-      return false;
-    }
-    // Linux gives the tiles to a process that asks for them, once for all its threads.
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return usable;
-#else
-  return false;
-#endif
-}
 
 namespace {
 
@@ -54,14 +30,9 @@ constexpr int64_t kMostRows = 8192;
 // Of so few terms a product is all writing: long runs of few rows, not short ones of many.
 constexpr int64_t kFlatTerms = 64;
 constexpr int64_t kFlatColumns = 4096;
-// Multiply-adds below which a second thread costs more than it saves.
-constexpr double kSerialWork = 1 << 20;
 
 // One line more than a panel has: the next one would lie in the same sets of the caches.
 constexpr int64_t kPadding = 32;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t panel_size(int64_t depth) { return depth * kPanel + kPadding; }
 
@@ -274,8 +245,8 @@ template <class In, class Out>
 void gemm_amx(
     int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias, Activation act,
     Out* out, int64_t out_row, bool alone) {
-  const bool small =
-      static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) <= kSerialWork;
+  const double work = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  const bool small = work <= machine().serial_work_amx;
   const int64_t threads = alone || small ? 1 : Team::threads();
   const int64_t most = k > kDeep ? kMostRows : m;
   for (int64_t i = 0; i < m; i += most) {

@@ -5,9 +5,6 @@
 
 namespace mylayers::cpu {
 
-// Whether this process may use AMX's tiles, which it asks the kernel for once.
-MYLAYERS_API bool has_amx();
-
 // out (m, n), rows `out_row` apart, = act(a (m, k) @ b (k, n) + bias (n) or nothing), for a and b
 // of In, bfloat16_t or float rounded to it, whose rows or columns are contiguous; summed in float32
 // and rounded once to Out, bfloat16_t or float. m, n, k > 0. A row of out depends on its row of a,

@@ -11,6 +11,7 @@
 #include <string>
 #include <type_traits>
 
+#include "machine/tuning.h"
 #include "scratch.h"
 
 namespace mylayers::cpu {
@@ -61,7 +62,7 @@ bool has_aten_products() {
       throw std::invalid_argument(
           "mylayers: MYLAYERS_PRODUCTS must be \"own\" or not be set; got \"" + value + "\"");
     }
-    return value.empty() && kernels().tuned_for == nullptr;
+    return value.empty() && !machine().measured;
   }();
   return has;
 }

@@ -20,4 +20,3 @@ constexpr int kManyTogether = kRegisters == 32 ? 2 : 1;
 // Steps of a tile's loop in one turn: where another thread shared the core, one at a time took 1.1
 // to 1.16 times as long, as 12 multiply-adds came with 13 other instructions; elsewhere no longer.
 constexpr int kUnroll = kRegisters == 32 ? 1 : 4;
-constexpr bool kCopies = kTuning.copying > 0;

@@ -200,34 +200,8 @@ struct AmxKernels {
       int64_t out_row);
 };
 
-// The numbers of rows at which one way to multiply overtakes another.
-struct Tuning {
-  // stream_many up to so many, tiles for more: of a b that is likely to come from memory; of 16
-  // bits, from a cache; of more bits, from beyond level-2 cache.
-  int64_t far, narrow, near;
-  // Columns of one task of it, at most.
-  int64_t columns;
-  // Tiles copy a strip of a b from beyond level-1 cache that so many share, or fewer from beyond
-  // level 2. 0: they copy nothing.
-  int64_t copying;
-  // From so many rows on, a b from beyond level-2 cache is packed and multiplied in bands: the rows
-  // of a tile with all columns, then the next rows. 0: never.
-  int64_t bands;
-  // Up to so many terms, any wide product of more rows is.
-  int64_t flat;
-  // kMemory or kMemoryByLevel2.
-  Source memory;
-  // Bytes of the level-3 cache of a processor that gains where what does not fit in it is written
-  // past it. 0: none.
-  int64_t level3;
-};
-
 struct Kernels {
   const char* name;
-  // The microarchitecture that tuning was measured on; null: none, and nobody knows whether these
-  // kernels are faster than PyTorch's there (gemm_aten.h).
-  const char* tuned_for;
-  Tuning tuning;
   ProductKernels<float> f32_product;
   ProductKernels<double> f64_product;
   StorageKernels<float> f32;
@@ -268,7 +242,7 @@ inline const StorageKernels<bfloat16_t>& Kernels::storage<bfloat16_t>() const {
   return bf16;
 }
 
-// The table for this processor, chosen at first use.
+// The table of machine(), chosen at first use.
 MYLAYERS_API const Kernels& kernels();
 
 // One per source file: neon on 64-bit Arm, where it is the only one; avx2 and avx512 on x86.

@@ -17,8 +17,6 @@ constexpr StorageKernels<T> kStorage = {
 
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
-    kTunedFor,
-    kTuning,
     {kTileRows, kTileVectors * kLanes<float>, block<float>, transposed<float>},
     {kTileRows, kTileVectors * kLanes<double>, block<double>, transposed<double>},
     kStorage<float>,

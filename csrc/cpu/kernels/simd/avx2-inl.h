@@ -4,6 +4,7 @@ constexpr int kBytes = 32;
 constexpr int kRegisters = 16;
 constexpr int kSums = 12;
 constexpr bool kFuses = true;
+constexpr bool kCopies = true;
 
 #include "types-inl.h"
 
@@ -64,10 +65,3 @@ INLINE vec<C> load_halves(const void* p, const void* q) {
   const __m256d first = _mm256_castpd128_pd256(_mm_loadu_pd(static_cast<const double*>(p)));
   return (vec<C>)_mm256_insertf128_pd(first, _mm_loadu_pd(static_cast<const double*>(q)), 1);
 }
-
-// Measured on Zen 3, whose level 2, of 512 KiB in 8 ways, holds 128 rows that lie 4 KiB apart:
-// without copies 1024 x 1024 x 1024 took 1.5 times as long in float32, its weight gradient 1.7
-// times, 256 x 256 x 256 1.15 times; and 8 and 16 rows of 4096 x 4096, on one thread, 1.06 to 1.1
-// times in runs of 2048 columns.
-constexpr Tuning kTuning = {48, 32, 16, 4096, 32, 0, 0, Source::kMemory, 0};
-constexpr const char* kTunedFor = "Zen 3";

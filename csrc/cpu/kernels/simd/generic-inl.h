@@ -4,6 +4,7 @@ constexpr int kBytes = 16;
 constexpr int kRegisters = 16;  // x86-64's; some have more
 constexpr int kSums = 12;
 constexpr bool kFuses = false;
+constexpr bool kCopies = true;
 
 #include "types-inl.h"
 
@@ -60,7 +61,3 @@ INLINE vec<C> load_halves(const void* p, const void* q) {
   std::memcpy(reinterpret_cast<char*>(&v) + kBytes / 2, q, kBytes / 2);
   return v;
 }
-
-// As AVX2's. No processor that has nothing better was measured.
-constexpr Tuning kTuning = {48, 32, 16, 4096, 32, 0, 0, Source::kMemory, 0};
-constexpr const char* kTunedFor = nullptr;

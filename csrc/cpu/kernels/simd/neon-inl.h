@@ -6,6 +6,7 @@ constexpr int kRegisters = 32;
 // all rows first: of 24 sums two went to memory and back in every step.
 constexpr int kSums = 20;
 constexpr bool kFuses = true;
+constexpr bool kCopies = false;
 
 #include "types-inl.h"
 
@@ -40,7 +41,3 @@ template <class C>
 INLINE vec<C> load_halves(const void* p, const void* q) {
   return (vec<C>)vcombine_u8(load_bits<uint8x8_t>(p), load_bits<uint8x8_t>(q));
 }
-
-// As AVX-512's, which has as many registers. Nobody has measured an Arm processor.
-constexpr Tuning kTuning = {128, 64, 0, 2048, 0, 0, 0, Source::kMemory, 0};
-constexpr const char* kTunedFor = nullptr;

@@ -1,12 +1,12 @@
 // Vectors of kBytes, and what every file of simd/ defines for its instruction set.
 //
 // A set states what it has: kBytes and kRegisters, its vectors' size and number; kSums, how many of
-// them hold a tile's sums; kFuses, whether multiply_add rounds once; and by a macro what only some
-// have:
+// them hold a tile's sums; kFuses, whether multiply_add rounds once; kCopies, whether microkernels
+// that copy what they read are compiled, as some row of machine/tuning.cpp wants; and by a macro
+// what only some have:
 // - MYLAYERS_HAS_STREAMING_STORES: store_past_caches and fence_stores_past_caches;
 // - MYLAYERS_HAS_PACK_WHOLE_PAIR_ROW: a pack_whole_pair_row better than that of pack_vnni-inl.h;
 // - MYLAYERS_HAS_AVX512_BF16: the target under which bf16_avx512-inl.h and amx-inl.h compile.
-// kTuning and kTunedFor: numbers for a processor of which nothing more is known.
 
 template <class C>
 struct Vector;
