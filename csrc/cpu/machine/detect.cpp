@@ -98,7 +98,7 @@ Tuning detect() {
   return row;
 }
 
-const Kernels& kernels_of(std::string_view simd) {
+const Kernels& kernels_of([[maybe_unused]] std::string_view simd) {
 #if defined(__x86_64__)
   if (simd == "avx512") {
     return avx512_kernels();
@@ -111,7 +111,11 @@ const Kernels& kernels_of(std::string_view simd) {
     return neon_kernels();
   }
 #endif
+#if defined(__aarch64__)
+  return neon_kernels();
+#else
   return generic_kernels();
+#endif
 }
 
 }  // namespace

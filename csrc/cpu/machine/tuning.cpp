@@ -39,7 +39,7 @@ constexpr Tuning kZen5 = {
     .memory = Source::kMemory,
 };
 
-// No processor in particular.
+// No processor in particular, and none was measured: x86 without AVX2 and FMA, and others.
 constexpr Tuning kGeneric = [] {
   Tuning row = kZen3;
   row.name = "generic";

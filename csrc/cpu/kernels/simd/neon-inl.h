@@ -6,6 +6,7 @@ constexpr int kRegisters = 32;
 // all rows first: of 24 sums two went to memory and back in every step.
 constexpr int kSums = 20;
 constexpr bool kFuses = true;
+constexpr bool kCopies = false;
 
 #include "types-inl.h"
 
