@@ -18,9 +18,9 @@ from setuptools import setup
 
 if sys.platform != "linux":
     raise SystemExit(
-        "mylayers is built on Linux alone (x86-64 or 64-bit Arm): its libraries are linked, and find "
-        f"each other, by what Linux's linkers have; this is {sys.platform}. On macOS and Windows "
-        "install it in a Linux container or virtual machine."
+        "mylayers is built on Linux alone (x86-64 or 64-bit Arm): its libraries are linked, and "
+        f"find each other, by what Linux's linkers have; this is {sys.platform}. On macOS and "
+        "Windows install it in a Linux container or virtual machine."
     )
 
 try:

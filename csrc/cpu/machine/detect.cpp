@@ -106,10 +106,6 @@ const Kernels& kernels_of([[maybe_unused]] std::string_view simd) {
   if (simd == "avx2") {
     return avx2_kernels();
   }
-#elif defined(__aarch64__)
-  if (simd == "neon") {
-    return neon_kernels();
-  }
 #endif
 #if defined(__aarch64__)
   return neon_kernels();
