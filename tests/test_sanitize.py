@@ -165,7 +165,8 @@ def test_a_whole_run_has_1e5_cases_every_instruction_set_and_the_threads(tmp_pat
         cases += sum(int(command[command.index("--cases") + 1]) for command in drawn)
         for label, capability in sanitize.CAPABILITIES.items():
             environments = [e for step, _, e in steps if step.endswith(f", {label}")]
-            expected = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+            expected = {"MYLAYERS_PRODUCTS": "own"}
+            expected |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
             assert environments == [expected] * 2, (name, label)
         said = str([command for _, command, _ in steps])
         for file in ("sequential", "layers", "training", "optimization", "threads"):
