@@ -335,8 +335,8 @@ void gemm(
   if constexpr (std::is_same_v<T, float>) {
     shape.rounds = may_round(n, k, machine()) && setting_rounds_float32();
   }
-  const bool alone = is_small(shape, machine()) || at::in_parallel_region();
-  const Plan chosen = plan(shape, in_turn, alone ? 1 : at::get_num_threads(), machine());
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const Plan chosen = plan(shape, in_turn, threads, machine());
   if constexpr (std::is_same_v<T, bfloat16_t>) {
     if (is_amx(chosen.tasks[1][1].path)) {
       const WideBias wide(n, bias);

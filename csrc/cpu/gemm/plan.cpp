@@ -30,6 +30,8 @@ class Rules {
   Source source(int64_t in_turn) const;
   int64_t row_block() const;
   int64_t column_block(Source source) const;
+  // Whether a second thread costs more than it saves.
+  bool is_small() const;
   // Whether so few terms make a product of many columns all writing.
   bool is_flat() const;
   TaskPlan task(Source source) const;
@@ -218,6 +220,15 @@ TaskPlan Rules::task(Source source) const {
       .keeps_b = keeps_b};
 }
 
+bool Rules::is_small() const {
+  const double weight = static_cast<double>(p_.n) * static_cast<double>(p_.k);
+  if (is_amx()) {
+    // A tile of one row takes as long as one of sixteen, and so does packing for it.
+    return static_cast<double>(std::max(p_.m, kAmxTileRows)) * weight <= machine_.serial_work_amx;
+  }
+  return static_cast<double>(p_.m) * weight <= machine_.serial_work;
+}
+
 }  // namespace
 
 const char* path_name(Path path) {
@@ -231,18 +242,9 @@ bool may_round(int64_t n, int64_t k, const Tuning& machine) {
   return n >= kPanel && k >= kPanel && n * k >= kRoundedWeight && machine.bf16 == Bf16Units::kAmx;
 }
 
-bool is_small(const ProductShape& p, const Tuning& machine) {
-  const double weight = static_cast<double>(p.n) * static_cast<double>(p.k);
-  if (Rules(p, machine).is_amx()) {
-    // A tile of one row takes as long as one of sixteen, and so does packing for it.
-    return static_cast<double>(std::max(p.m, kAmxTileRows)) * weight <= machine.serial_work_amx;
-  }
-  return static_cast<double>(p.m) * weight <= machine.serial_work;
-}
-
 Plan plan(const ProductShape& p, int64_t in_turn, int64_t threads, const Tuning& machine) {
   const Rules rules(p, machine);
-  Plan plan = {.source = Source::kCache, .threads = is_small(p, machine) ? 1 : threads};
+  Plan plan = {.source = Source::kCache, .threads = rules.is_small() ? 1 : threads};
   if (rules.is_amx()) {
     plan.rows = p.m;
     plan.cols = p.n;

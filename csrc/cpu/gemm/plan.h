@@ -74,10 +74,8 @@ struct LongPlan {
 // allows it. The rows have no say, as their bits would depend on how many there are.
 MYLAYERS_API bool may_round(int64_t n, int64_t k, const Tuning& machine);
 
-// Whether a second thread costs more than it saves.
-MYLAYERS_API bool is_small(const ProductShape& product, const Tuning& machine);
-
-// m, n > 0. `in_turn`: bytes of all weights that are read in turn with b, or 0.
+// m, n > 0. `in_turn`: bytes of all weights that are read in turn with b, or 0. `threads`: how many
+// there are; small products take one.
 MYLAYERS_API Plan
 plan(const ProductShape& product, int64_t in_turn, int64_t threads, const Tuning& machine);
 
