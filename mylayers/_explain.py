@@ -14,6 +14,7 @@ import torch
 from mylayers._extension import _C
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+MOST = 1 << 24  # of anything: the bytes of a weight of so many squared fit in 64 bits
 
 WAYS = {
     "tiles": "in microkernels, block by block: sums stay in registers while terms go by",
@@ -105,12 +106,13 @@ def in_words(rows: int, in_units: int, units: int, dtype: str, told: dict[str, A
 
 
 def _shape(text: str) -> tuple[int, int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if found is None or "0" in found.groups():
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})", text, re.ASCII)
+    rows, in_units, units = map(int, found.groups()) if found else (0, 0, 0)
+    if not all(0 < size <= MOST for size in (rows, in_units, units)):
         raise argparse.ArgumentTypeError(
-            f"a shape is ROWSxINxOUT, three numbers above 0 as in 16x1024x1024; got {text!r}"
+            f"a shape is ROWSxINxOUT, three numbers from 1 to {MOST} as in 16x1024x1024; "
+            f"got {text!r}"
         )
-    rows, in_units, units = map(int, found.groups())
     return rows, in_units, units
 
 
@@ -135,8 +137,8 @@ def main(arguments: Sequence[str]) -> int:
         help='as under torch.set_float32_matmul_precision("medium")',
     )
     asked = parser.parse_args(arguments)
-    if asked.threads < 1:
-        parser.error(f"argument --threads: expected a number above 0; got {asked.threads}")
+    if not 0 < asked.threads <= MOST:
+        parser.error(f"argument --threads: expected a number from 1 to {MOST}; got {asked.threads}")
     rows, in_units, units = asked.shape
     told = plan(
         rows,

@@ -145,7 +145,10 @@ def test_the_command_prints_the_plan_in_words():
         (("explain", "16x1024"), "ROWSxINxOUT"),
         (("explain", "16x0x8"), "ROWSxINxOUT"),
         (("explain", "1x8x8", "--machine", "Z80"), "Z80"),
-        (("explain", "1x8x8", "--threads", "0"), "above 0; got 0"),
+        (("explain", "16x00x8"), "ROWSxINxOUT"),
+        (("explain", "1x8x16777217"), "from 1 to 16777216"),
+        (("explain", "1x8x8", "--threads", "0"), "from 1 to 16777216; got 0"),
+        (("explain", "1x8x8", "--threads", f"{10**30}"), "from 1 to 16777216"),
         (("explian",), "got explian"),
     ],
 )
