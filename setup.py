@@ -183,11 +183,11 @@ def extension(
     )
 
 
-BINDINGS = Path("csrc/bindings.cpp")  # alone in needing Python
+BINDINGS = Path("csrc/python")  # alone in needing Python
 # By this name a process knows that it has the library, wherever a second copy lies: operators can
 # be registered only once.
 link = ["-Wl,-soname,libmylayers.so"]
-sources = [path for path in FILES if path.suffix == ".cpp" and path != BINDINGS]
+sources = [path for path in FILES if path.suffix == ".cpp" and path.parent != BINDINGS]
 if cuda.architectures is not None:
     kind = CUDAExtension
     sources += [path for path in FILES if path.suffix == ".cu"]
@@ -198,7 +198,10 @@ else:
 operators = extension("mylayers.libmylayers", sources, kind, extra_link_args=link)
 operators.libraries.remove("torch_python")
 bindings = extension(
-    "mylayers._C", [BINDINGS], libraries=["mylayers"], runtime_library_dirs=["$ORIGIN"]
+    "mylayers._C",
+    sorted(BINDINGS.glob("*.cpp")),
+    libraries=["mylayers"],
+    runtime_library_dirs=["$ORIGIN"],
 )
 
 setup(

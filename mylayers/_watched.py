@@ -2,8 +2,8 @@
 
 Counters, profilers and tracers put a function of their own in the place of PyTorch's
 (``torch.nn.functional.relu = counted``), and mean the layers to call it; a chain computes for its
-layers only as long as all of theirs are in their places. csrc/watched_functions.h asks at every
-call.
+layers only as long as all of theirs are in their places. csrc/python/watched_functions.h asks at
+every call.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """``FusedSequential``: an ``nn.Sequential`` that computes runs of its children in one operator.
 
 What can be fused, and how, stands here alone (``_RULES``, ``plan``). An eager call compares the
-children with the last plans in C++ (csrc/plans.h), which reads the parameters anew on every call;
-where none fits any more, a new one is made.
+children with the last plans in C++ (csrc/python/plans.h), which reads the parameters anew on every
+call; where none fits any more, a new one is made.
 """
 
 from collections.abc import Callable, Iterable, Mapping

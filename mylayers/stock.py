@@ -11,8 +11,9 @@ else. The rule is closed: it does not ask for known ways to change a layer, it l
 - in an instance's ``__dict__`` its own attributes, and names that the stock class does not have;
 - of the stock classes themselves, what they were when this was imported.
 
-All else runs by itself. What was found is handed to the extension (csrc/plans.h) as *entries*: the
-keys of a ``__dict__`` in their order, and what each value must be. It compares them at each call.
+All else runs by itself. What was found is handed to the extension (csrc/python/plans.h) as
+*entries*: the keys of a ``__dict__`` in their order, and what each value must be. It compares them
+at each call.
 """
 
 import abc
@@ -183,7 +184,7 @@ def own_state(module: nn.Module) -> dict[str, Any]:
 
 
 class Must(IntEnum):
-    """``Entry::Must`` in csrc/plans.h."""
+    """``Entry::Must`` in csrc/python/plans.h."""
 
     BE_THERE = 0
     BE_THIS = 1

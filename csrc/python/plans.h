@@ -20,8 +20,8 @@
 #include <utility>
 #include <vector>
 
-#include "sequential.h"
-#include "training.h"
+#include "../sequential.h"
+#include "../training.h"
 
 namespace mylayers::plans {
 

@@ -1,7 +1,7 @@
 // The functions that layers look up by name whenever they are called (mylayers/_watched.py).
 // Whoever replaces one means it to be called, so a chain computes only for layers whose functions
-// are all in place. They are looked up anew where the module or class that has them has changed; to
-// look them up at every call would be 2 % of a small one.
+// are all in place. They are looked up anew where the module or class that has them has changed; a
+// small call would notice to look them up each time.
 #pragma once
 
 #include <pybind11/pybind11.h>

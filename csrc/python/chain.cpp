@@ -1,224 +1,30 @@
-// The Python module mylayers._C: entries for eager calls of the operators, and facts
-// about this build. With plans.h and watched_functions.h the only file that includes Python
-// headers; a program without Python links the others.
+// What mylayers._C does of a module as a whole: calls of a FusedSequential and of a layer alone,
+// and a step of training. Modules are told apart by plans.h, functions by watched_functions.h.
+#include "chain.h"
+
+#include <ATen/core/grad_mode.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/Exceptions.h>
 
-#include <algorithm>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "center.h"
-#include "cpu/gemm/plan.h"
-#include "cpu/gemm_aten.h"
-#include "cpu/huge_pages.h"
-#include "cpu/machine/tuning.h"
-#include "linear_act.h"
+#include "../sequential.h"
+#include "../training.h"
+#include "arguments.h"
+#include "entries.h"
+#include "gil.h"
+#include "held.h"
 #include "plans.h"
-#include "sequential.h"
-#include "training.h"
 #include "watched_functions.h"
 
-namespace py = pybind11;
-namespace plans = mylayers::plans;
-
+namespace mylayers::python {
 namespace {
-
-// The operators' entries take their arguments by position through CPython's own calling
-// convention: pybind11's, with its argument records, costs a fifth of a small call.
-
-PyObject* tensor_argument(const char* op, const char* name, PyObject* value) {
-  TORCH_CHECK_TYPE(
-      THPVariable_Check(value), op, ": ", name, " must be a torch.Tensor; got ",
-      Py_TYPE(value)->tp_name);
-  return value;
-}
-
-void check_count(const char* op, Py_ssize_t count, Py_ssize_t expected) {
-  TORCH_CHECK_TYPE(count == expected, op, ": takes ", expected, " arguments; got ", count);
-}
-
-int64_t dim_argument(py::handle value) {
-  // __index__ covers int and NumPy's integers, and refuses floats; bool has it too.
-  const auto index = py::reinterpret_steal<py::object>(
-      PyBool_Check(value.ptr()) ? nullptr : PyNumber_Index(value.ptr()));
-  if (!index) {
-    PyErr_Clear();
-    TORCH_CHECK_TYPE(
-        false, "center: dim must be None, an int or a sequence of ints; got ",
-        Py_TYPE(value.ptr())->tp_name);
-  }
-  int overflow = 0;
-  const int64_t dim = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  TORCH_CHECK_VALUE(
-      overflow == 0, "center: dim must fit in 64 bits; got ", std::string(py::str(index)));
-  return dim;
-}
-
-// Multiply-adds, or elements, up to which a call keeps the GIL: it is over in a microsecond,
-// of which handing the GIL on and taking it back would be a sixth.
-constexpr int64_t kShort = 1 << 14;
-
-// The same where no other thread is there to take it.
-constexpr int64_t kShortAlone = 1 << 19;
-
-int64_t short_now() {
-  PyThreadState* const here = PyThreadState_Get();
-  const bool alone = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(here)) == here &&
-                     PyThreadState_Next(here) == nullptr;
-  return alone ? kShortAlone : kShort;
-}
-
-// f's tensor, given to Python. Other threads may run meanwhile, unless it is a short call.
-template <class F>
-PyObject* wrapped(bool is_short, F&& f) {
-  at::Tensor output;
-  if (is_short) {
-    output = f();
-  } else {
-    const py::gil_scoped_release other_threads_may_run;
-    output = f();
-  }
-  return THPVariable_Wrap(std::move(output));
-}
-
-bool has_plain_sizes(const at::Tensor& t) {
-  return t.is_cpu() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-}
-
-py::object borrowed(PyObject* object) { return py::reinterpret_borrow<py::object>(object); }
-
-py::object owned(PyObject* object) {
-  if (object == nullptr) {
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(object);
-}
-
-// Tensors held through their Python objects, whose count needs no lock: a count of a tensor that
-// Python knows takes the GIL each time, 50 ns. That is enough while no other thread can run, which
-// might exchange the tensor of such an object (torch.utils.swap_tensors); before that, `own`.
-class Held {
- public:
-  Held() = default;
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-  ~Held() { clear(); }
-
-  void clear() {
-    if (!owned_) {
-      for (at::Tensor& t : tensors_) {
-        Borrow::destroyBorrow(t);
-      }
-    }
-    tensors_.clear();
-    objects_.clear();
-    owned_ = false;
-  }
-  bool is_empty() const { return tensors_.empty(); }
-  void take(PyObject* tensor) {
-    objects_.push_back(borrowed(tensor));
-    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(tensor)));
-  }
-  void own() {
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      at::Tensor tensor = THPVariable_Unpack(objects_[i].ptr());
-      Borrow::destroyBorrow(tensors_[i]);
-      tensors_[i] = std::move(tensor);
-    }
-    owned_ = true;
-  }
-  const at::Tensor& operator[](size_t i) const { return tensors_[i]; }
-  // All but the first `count`.
-  at::TensorList from(size_t count) const { return at::TensorList(tensors_).slice(count); }
-
- private:
-  using Borrow = c10::MaybeOwnedTraits<at::Tensor>;
-  c10::SmallVector<py::object, 16> objects_;
-  c10::SmallVector<at::Tensor, 16> tensors_;
-  bool owned_ = false;
-};
-
-// act(x @ w + b) of input, weight and, if it has one, bias.
-PyObject* run_linear_act(Held& tensors, bool has_bias, mylayers::ActivationName activation) {
-  const at::Tensor &x = tensors[0], &w = tensors[1];
-  const auto at_most = [&](int64_t work) {
-    return w.size(1) <= work && x.numel() * w.size(1) <= work;
-  };
-  const bool keeps_gil = has_plain_sizes(x) && has_plain_sizes(w) && w.dim() == 2 &&
-                         (at_most(kShort) || at_most(short_now()));
-  if (!keeps_gil || at::GradMode::is_enabled()) {
-    tensors.own();
-  }
-  mylayers::OptionalTensor b;
-  if (has_bias) {
-    b = tensors[2];
-  }
-  return wrapped(keeps_gil, [&] { return mylayers::linear_act(x, w, b, activation); });
-}
-
-// (input, weight, bias or None, activation or None)
-PyObject* linear_act(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  constexpr const char* op = "linear_act";
-  check_count(op, count, 4);
-  Held tensors;
-  tensors.take(tensor_argument(op, "input", args[0]));
-  tensors.take(tensor_argument(op, "weight", args[1]));
-  if (args[2] != Py_None) {
-    tensors.take(tensor_argument(op, "bias", args[2]));
-  }
-  mylayers::ActivationName act;
-  const py::object owner_of_its_text = borrowed(args[3]);
-  if (args[3] != Py_None) {
-    Py_ssize_t size = 0;
-    const char* text = PyUnicode_Check(args[3]) ? PyUnicode_AsUTF8AndSize(args[3], &size) : nullptr;
-    if (text == nullptr) {
-      PyErr_Clear();
-      TORCH_CHECK_TYPE(
-          false, op, ": activation must be a str or None; got ", Py_TYPE(args[3])->tp_name);
-    }
-    act = std::string_view(text, static_cast<size_t>(size));
-  }
-  return run_linear_act(tensors, args[2] != Py_None, act);
-  END_HANDLE_TH_ERRORS
-}
-
-// (input, None, an int or a sequence of them)
-PyObject* center(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  check_count("center", count, 2);
-  Held tensors;
-  tensors.take(tensor_argument("center", "input", args[0]));
-  const py::handle dim = args[1];
-  c10::SmallVector<int64_t, 6> dims;
-  if (!dim.is_none()) {
-    if (PySequence_Check(dim.ptr()) && !PyUnicode_Check(dim.ptr()) && !PyBytes_Check(dim.ptr())) {
-      // A sequence may make its items as they are asked for, and may change meanwhile.
-      const auto listed = owned(PySequence_Tuple(dim.ptr()));
-      for (const py::handle d : py::reinterpret_borrow<py::tuple>(listed)) {
-        dims.push_back(dim_argument(d));
-      }
-    } else {
-      dims.push_back(dim_argument(dim));
-    }
-  }
-  const auto list = dim.is_none() ? at::OptionalIntArrayRef() : at::OptionalIntArrayRef(dims);
-  const at::Tensor& x = tensors[0];
-  const bool keeps_gil = has_plain_sizes(x) && x.numel() <= kShort;
-  if (!keeps_gil || at::GradMode::is_enabled()) {
-    tensors.own();
-  }
-  return wrapped(keeps_gil, [&] { return mylayers::center(x, list); });
-  END_HANDLE_TH_ERRORS
-}
 
 // ---- what is known of modules ------------------------------------------------------------------
 
@@ -293,7 +99,7 @@ bool is_watched() {
 
 // What layers call, what losses and a backward do, and dictionaries of hooks on all modules.
 struct Watched {
-  mylayers::WatchedFunctions by_layers, in_training, hooks;
+  WatchedFunctions by_layers, in_training, hooks;
 };
 
 // Outlives the interpreter's own end.
@@ -305,8 +111,8 @@ Watched& watched() {
 // Each of them (module or class, name, what is there unless somebody has replaced it).
 void watch_functions(const py::tuple& by_layers, const py::tuple& in_training) {
   Watched made{
-      mylayers::WatchedFunctions(by_layers), mylayers::WatchedFunctions(in_training),
-      mylayers::WatchedFunctions(names().global_hooks)};
+      WatchedFunctions(by_layers), WatchedFunctions(in_training),
+      WatchedFunctions(names().global_hooks)};
   std::swap(watched(), made);
 }
 
@@ -368,7 +174,7 @@ bool takes_parameters(const py::object& weight, const py::object& bias, int64_t 
 }
 
 // The same of a child that a linear step of a program is for.
-bool takes_parameters(const mylayers::Step& step, const Found& found) {
+bool takes_parameters(const Step& step, const Found& found) {
   return found.foreign || is_matrix_and_vector(
                               THPVariable_Unpack(found.weight),
                               found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
@@ -382,7 +188,7 @@ bool next(
     const Part& part, PyObject* modules, Py_ssize_t& place, Held* parameters,
     std::vector<py::object>* children) {
   bool as_planned = true;
-  const mylayers::Step* step = part.program.has_value() ? part.program->steps.data() : nullptr;
+  const Step* step = part.program.has_value() ? part.program->steps.data() : nullptr;
   for (const plans::Kind& kind : part.children) {
     PyObject* module = nullptr;
     if (!PyDict_Next(modules, &place, nullptr, &module)) {
@@ -393,7 +199,7 @@ bool next(
     as_planned =
         as_planned && fits(kind, module, found) && !(parameters != nullptr && found.foreign);
     if (as_planned && step != nullptr && (found.weight != nullptr || found.foreign)) {
-      while (step->kind != mylayers::Step::Kind::kLinear) {
+      while (step->kind != Step::Kind::kLinear) {
         ++step;
       }
       as_planned = takes_parameters(*step++, found);
@@ -424,15 +230,15 @@ bool all_fit(const Plan& plan, PyObject* modules) {
 }
 
 // Whether a call of the program is over in a microsecond. Input and parameters.
-bool is_short(const Held& tensors, const mylayers::Program& program) {
+bool is_short(const Held& tensors, const Program& program) {
   const at::Tensor& x = tensors[0];
   if (!has_plain_sizes(x) || x.numel() > kShortAlone) {
     return false;
   }
   int64_t work_per_row = 0;
   size_t parameter = 1;
-  for (const mylayers::Step& step : program.steps) {
-    if (step.kind == mylayers::Step::Kind::kLinear) {
+  for (const Step& step : program.steps) {
+    if (step.kind == Step::Kind::kLinear) {
       const at::Tensor& weight = tensors[parameter];
       work_per_row += has_plain_sizes(weight) ? weight.numel() : kShortAlone;
       parameter += step.parameters();
@@ -445,7 +251,7 @@ bool is_short(const Held& tensors, const mylayers::Program& program) {
   return at_most(kShort) || at_most(short_now());
 }
 
-PyObject* run_program(const mylayers::Program& program, Held& tensors) {
+PyObject* run_program(const Program& program, Held& tensors) {
   const bool keeps_gil = is_short(tensors, program);
   if (!keeps_gil || at::GradMode::is_enabled()) {
     tensors.own();  // saving a tensor for backward may run Python code
@@ -613,7 +419,7 @@ PyObject* run_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (class, its version or 0, entries or None), as csrc/plans.h has it; the replaced_functions that
+// (class, its version or 0, entries or None), as plans.h has it; the replaced_functions that
 // it holds for; whether a call may go straight to the parts; the parts, each (program or None, its
 // children's kinds).
 void keep_plan(
@@ -674,9 +480,9 @@ void keep_layer(
 
 // ---- training ----------------------------------------------------------------------------------
 
-mylayers::Criterion criterion_of(const py::tuple& given) {
+Criterion criterion_of(const py::tuple& given) {
   return {
-      static_cast<mylayers::Criterion::Kind>(given[0].cast<int64_t>()), given[1].cast<int64_t>(),
+      static_cast<Criterion::Kind>(given[0].cast<int64_t>()), given[1].cast<int64_t>(),
       given[2].cast<double>(), given[3].cast<int64_t>()};
 }
 
@@ -697,7 +503,7 @@ PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
       watched().in_training.replaced() != 0 || !THPVariable_CheckExact(args[3])) {
     return Py_NewRef(refused());
   }
-  const mylayers::Program& program = *plan->parts[0].program;
+  const Program& program = *plan->parts[0].program;
   const bool keeps_gil = is_short(tensors, program);
   const at::Tensor target = THPVariable_Unpack(args[3]);
   if (!keeps_gil) {
@@ -725,134 +531,17 @@ size_t known_objects() {
   return known<Plan>().size() + known<plans::Layer>().size() + known<plans::Loss>().size();
 }
 
-PyMethodDef kOperators[] = {
-    {"linear_act", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_act)),
-     METH_FASTCALL, "linear_act(input, weight, bias, activation)"},
-    {"center", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(center)), METH_FASTCALL,
-     "center(input, dim)"},
-    {"call_network", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_network)),
-     METH_FASTCALL, "call_network(network, input)"},
-    {"run_network", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_network)),
-     METH_FASTCALL, "run_network(network, input)"},
-    {"run_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_layer)),
-     METH_FASTCALL, "run_layer(layer, input)"},
-    {"forward_backward",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward_backward)), METH_FASTCALL,
-     "forward_backward(network, loss, input, target)"},
+PyMethodDef kEntries[] = {
+    entry("call_network", call_network, "call_network(network, input)"),
+    entry("run_network", run_network, "run_network(network, input)"),
+    entry("run_layer", run_layer, "run_layer(layer, input)"),
+    entry("forward_backward", forward_backward, "forward_backward(network, loss, input, target)"),
     {nullptr, nullptr, 0, nullptr}};
-
-std::string compiler() {
-#if defined(__clang__)
-  return std::string("clang ") + __clang_version__;
-#elif defined(__GNUC__)
-  return std::string("g++ ") + __VERSION__;
-#else
-  return "unknown";
-#endif
-}
-
-py::dict build_info() {
-  py::dict info;
-  info["torch"] = MYLAYERS_TORCH_VERSION;
-  info["compiler"] = compiler();
-  info["cplusplus"] = static_cast<int64_t>(__cplusplus);
-#if defined(__x86_64__)
-  info["instruction_sets"] = py::make_tuple("generic", "avx2", "avx512");
-#elif defined(__aarch64__)
-  info["instruction_sets"] = py::make_tuple("neon");
-#else
-  info["instruction_sets"] = py::make_tuple("generic");
-#endif
-#if defined(_OPENMP)
-  info["openmp"] = true;
-#else
-  info["openmp"] = false;
-#endif
-#if defined(MYLAYERS_CUDA_VERSION)
-  info["cuda"] = MYLAYERS_CUDA_VERSION;
-#else
-  info["cuda"] = py::none();
-#endif
-  info["cuda_detail"] = MYLAYERS_CUDA_DETAIL;
-  info["kernels"] = mylayers::cpu::kernels().name;
-  const mylayers::cpu::Tuning& machine = mylayers::cpu::machine();
-  info["tuned_for"] = machine.measured ? py::cast(machine.name) : py::none();
-  info["products"] = mylayers::cpu::has_aten_products() ? "torch" : "own";
-  info["amx"] = machine.bf16 == mylayers::cpu::Bf16Units::kAmx;
-  info["bfloat16_units"] = machine.bf16 != mylayers::cpu::Bf16Units::kNone;
-  info["huge_pages"] = mylayers::cpu::wants_huge_pages();
-  return info;
-}
-
-py::dict task_plan(const mylayers::cpu::TaskPlan& task) {
-  py::dict told;
-  told["path"] = mylayers::cpu::path_name(task.path);
-  told["depth"] = task.depth;
-  told["copies_a"] = task.copies_a;
-  told["packs_b"] = task.packs_b;
-  told["keeps_a"] = task.keeps_a;
-  told["keeps_b"] = task.keeps_b;
-  return told;
-}
-
-py::tuple machines() {
-  py::list names;
-  for (const auto& row : mylayers::cpu::tunings()) {
-    names.append(row.name);
-  }
-  return py::tuple(names);
-}
-
-// The plan of a product on a row of the table; None: this machine, as it was found.
-py::dict product_plan(
-    int64_t m, int64_t n, int64_t k, const std::string& dtype, std::pair<int64_t, int64_t> a,
-    std::pair<int64_t, int64_t> b, bool rounds, int64_t in_turn, int64_t threads,
-    const std::optional<std::string>& machine) {
-  using namespace mylayers::cpu;
-  const std::vector<std::string> dtypes = {"float32", "float64", "float16", "bfloat16"};
-  const auto type = std::find(dtypes.begin(), dtypes.end(), dtype);
-  const Tuning* row = machine ? find_tuning(*machine) : &mylayers::cpu::machine();
-  if (type == dtypes.end()) {
-    throw py::value_error("plan: dtype must be one of those with a CPU kernel; got " + dtype);
-  }
-  if (row == nullptr) {
-    throw py::value_error("plan: machine must be one of machines(); got '" + *machine + "'");
-  }
-  if (m <= 0 || n <= 0 || k < 0 || threads <= 0) {
-    throw py::value_error(
-        "plan: sizes and threads must be positive; got " + std::to_string(m) + "x" +
-        std::to_string(k) + "x" + std::to_string(n) + " on " + std::to_string(threads));
-  }
-  ProductShape shape = {m,
-                        n,
-                        k,
-                        {a.first, a.second},
-                        {b.first, b.second},
-                        static_cast<ValueType>(type - dtypes.begin())};
-  shape.rounds = rounds && shape.type == ValueType::kFloat32 && may_round(n, k, *row);
-  const auto chosen = mylayers::cpu::plan(shape, in_turn, threads, *row);
-  py::dict told;
-  told["machine"] = row->name;
-  told["rounds"] = shape.rounds;
-  told["memory"] = chosen.source != Source::kCache;
-  told["threads"] = chosen.threads;
-  told["rows"] = chosen.rows;
-  told["columns"] = chosen.cols;
-  told["row_blocks"] = chosen.row_blocks;
-  told["column_blocks"] = chosen.col_blocks;
-  told["task"] = task_plan(chosen.task(0, 0));
-  told["last_task"] = task_plan(chosen.tasks[1][1]);
-  return told;
-}
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  mylayers::cpu::has_aten_products();  // throws where the environment makes no sense
-  m.doc() = "Compiled half of mylayers; use mylayers.functional and mylayers.MyLinear.";
-  if (PyModule_AddFunctions(m.ptr(), kOperators) != 0) {
-    throw py::error_already_set();
-  }
+void add_chain(py::module_& m) {
+  add_entries(m, kEntries);
   names();
   m.attr("REFUSED") = borrowed(refused());
   m.def("watch_functions", watch_functions);
@@ -865,7 +554,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_loss", keep_loss);
   m.def("class_version", class_version);
   m.def("known_objects", known_objects);
-  m.def("build_info", build_info);
-  m.def("machines", machines);
-  m.def("plan", product_plan);
 }
+
+}  // namespace mylayers::python
