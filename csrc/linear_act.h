@@ -8,6 +8,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -21,9 +22,11 @@ using ActivationName = std::optional<std::string_view>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // input, weight, bias
 using GradientMask = std::array<bool, 3>;
 
-// The activations' names; ValueError for any other.
+// An activation by its name; ValueError for any other, or nothing.
 Activation parse_activation(ActivationName name);
+std::optional<Activation> activation_named(std::string_view name);
 ActivationName activation_name(Activation activation);
+std::string activation_names();  // "relu, tanh, ..."
 
 // RuntimeError if the tensor's memory has been taken away.
 void check_memory(const char* op, const char* name, const at::Tensor& t);
@@ -56,10 +59,15 @@ Gradients linear_act_backward_formula(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, ActivationName activation, GradientMask mask);
 
-// act(z), and dY * act'(Y) as a function of the output Y.
+// The same, the weight and its gradient (units, in_units) if `transposed`.
+Gradients linear_backward_formula(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
+
+// act(z), and dY * act' from what that is a function of, the output or z.
 at::Tensor activation_formula(const at::Tensor& z, Activation activation);
 at::Tensor activation_backward_formula(
-    const at::Tensor& grad_output, const at::Tensor& output, Activation activation);
+    const at::Tensor& grad_output, const at::Tensor& saved, Activation activation);
 
 // The compiled kernels; they check their arguments.
 namespace cpu {

@@ -37,9 +37,6 @@ TORCH_LIBRARY(mylayers, m) {
 namespace mylayers {
 namespace {
 
-// In the order of Activation.
-constexpr std::array<std::string_view, 5> kActivationNames = {"", "relu", "tanh", "sigmoid", "elu"};
-
 // "linear_act: weight must be on cpu like input; got meta", and the same for dtypes.
 void check_like(
     const char* op, const char* name, const at::Tensor& t, const char* first_name,
@@ -80,24 +77,36 @@ void check_memory(const char* op, const char* name, const at::Tensor& t) {
       "; got a storage of ", t.storage().nbytes(), " bytes");
 }
 
+std::optional<Activation> activation_named(std::string_view name) {
+  for (size_t i = 1; i < kActivations.size(); ++i) {
+    if (name == kActivations[i].name) {
+      return static_cast<Activation>(i);
+    }
+  }
+  return std::nullopt;
+}
+
+std::string activation_names() {
+  std::string names;
+  for (size_t i = 1; i < kActivations.size(); ++i) {
+    names.append(i == 1 ? "" : ", ").append(kActivations[i].name);
+  }
+  return names;
+}
+
 Activation parse_activation(ActivationName name) {
   if (!name.has_value()) {
     return Activation::kNone;
   }
-  for (size_t i = 1; i < kActivationNames.size(); ++i) {
-    if (*name == kActivationNames[i]) {
-      return static_cast<Activation>(i);
-    }
-  }
+  const auto found = activation_named(*name);
   TORCH_CHECK_VALUE(
-      false, "linear_act: activation must be one of relu, tanh, sigmoid, elu or None; got \"",
-      *name, "\"");
+      found.has_value(), "linear_act: activation must be one of ", activation_names(),
+      " or None; got \"", *name, "\"");
+  return *found;
 }
 
 ActivationName activation_name(Activation activation) {
-  return activation == Activation::kNone
-             ? std::nullopt
-             : ActivationName(kActivationNames[static_cast<size_t>(activation)]);
+  return activation == Activation::kNone ? std::nullopt : ActivationName(row_of(activation).name);
 }
 
 void check_linear_act(
@@ -184,6 +193,26 @@ c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIn
     dims.clear();
   }
   return dims;
+}
+
+std::vector<at::Tensor> tensors(const OptionalTensorList& list) {
+  std::vector<at::Tensor> given(list.size());
+  for (const auto i : c10::irange(list.size())) {
+    const OptionalTensor t = list.get(i);
+    if (t.has_value() && t->defined()) {
+      given[i] = t->resolve_neg();  // the dispatcher does so for every list but these
+    }
+  }
+  return given;
+}
+
+OptionalTensorList optional_tensors(at::TensorList list) {
+  OptionalTensorList given;
+  given.reserve(list.size());
+  for (const at::Tensor& t : list) {
+    given.push_back(t.defined() ? std::optional(t) : std::nullopt);
+  }
+  return given;
 }
 
 namespace {

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from mylayers import _programs
+
 __all__ = ["register"]
 
 # The counter gives formulas each tensor's shape, and ``out_shape``, which ours have no use for.
@@ -47,19 +49,19 @@ def _center(*_: Any, **__: Any) -> int:
 
 
 def _sequential(input: _Shape, parameters: Sequence[_Shape], program: str, **_: Any) -> int:
-    flops, shape, left = 0, tuple(input), iter(parameters)
-    for step in program.split("; "):
-        if step.startswith("linear"):
-            weight = next(left)
-            if "+bias" in step:
-                next(left)
-            units = weight[0 if step.startswith("linear_t") else 1]
+    flops, values, left = 0, [tuple(input)], list(parameters)
+    for step in _programs.parse(program):
+        shape = values[step.inputs[0]]
+        if step.is_linear:
+            units = left[0][step.units_dim]
             flops += 2 * prod(shape) * units
             shape = (*shape[:-1], units)
-        elif step.startswith("flatten"):
+        elif step.name == "flatten":
             shape = shape or (1,)
-            first, last = (int(d) % len(shape) for d in step[len("flatten(") : -1].split(","))
+            first, last = (d % len(shape) for d in step.numbers)
             shape = (*shape[:first], prod(shape[first : last + 1]), *shape[last + 1 :])
+        values.append(shape)
+        del left[: step.parameters]
     return flops
 
 
@@ -73,34 +75,47 @@ def _sequential_backward(
     output_mask: Sequence[bool],
     **_: Any,
 ) -> int:
-    before_flattens = []
-    while flattened:
-        rank = flattened[0]
-        before_flattens.append(flattened[1 : 1 + rank])
-        flattened = flattened[1 + rank :]
+    steps = _programs.parse(program)
+    # Of every value: its shape, where backward reads it; that of the gradient that arrives at it;
+    # and whether a gradient that is asked for lies before it.
+    values: list[_Shape | None] = [input]
+    arriving: list[_Shape | None] = [None]
+    leads = [output_mask[0]]
+    first_parameters, parameter, place = [], 1, 0
+    sizes: list[Sequence[int]] = []
+    for step in steps:
+        after = parameter + step.parameters
+        leads.append(any(leads[i] for i in step.inputs) or any(output_mask[parameter:after]))
+        first_parameters.append(parameter)
+        parameter = after
+        if step.name == "flatten":
+            rank = flattened[0]
+            sizes.append(flattened[1 : 1 + rank])
+            flattened = flattened[1 + rank :]
+            source = values[step.inputs[0]]
+            values.append(source and (prod(source),))  # its elements are all that is asked for
+            arriving.append(None)
+        else:
+            values.append(outputs[place])
+            arriving.append(grad_outputs[place])
+            place += 1
     flops = 0
-    shape: _Shape | None = None  # of the gradient on its way back, once there is one
-    place, parameter = len(outputs), len(parameters)
-    for step in reversed(program.split("; ")):
-        if step.startswith("flatten"):
-            sizes = before_flattens.pop()
-            shape = sizes if shape is not None else None
+    for value in range(len(steps), 0, -1):
+        step, shape, first = steps[value - 1], arriving[value], first_parameters[value - 1]
+        before = sizes.pop() if step.name == "flatten" else shape
+        if shape is None or not leads[value]:
             continue
-        place -= 1
-        shape = grad_outputs[place] if shape is None else shape
-        if not step.startswith("linear"):
-            continue
-        parameter -= 2 if "+bias" in step else 1
-        if shape is None:
-            continue
-        factor, weight = outputs[place - 1] if place else input, parameters[parameter]
-        if output_mask[1 + parameter] and factor is not None:
-            flops += 2 * prod(factor) * shape[-1]
-        if not any(output_mask[: 1 + parameter]) or weight is None:
-            break
-        in_units = weight[1 if step.startswith("linear_t") else 0]
-        flops += 2 * prod(shape) * in_units
-        shape = (*shape[:-1], in_units)
+        if step.is_linear:
+            factor, weight = values[step.inputs[0]], parameters[first - 1]
+            if output_mask[first] and factor is not None:
+                flops += 2 * prod(factor) * shape[-1]
+            if not leads[step.inputs[0]] or weight is None:
+                continue
+            in_units = weight[1 - step.units_dim]
+            flops += 2 * prod(shape) * in_units
+            before = (*shape[:-1], in_units)
+        for i in step.inputs:
+            arriving[i] = arriving[i] or before
     return flops
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from mylayers import _programs
+
 __all__ = ["translation_table"]
 
 ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid", "elu": "Elu"}
@@ -104,25 +106,26 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return centered(input, input.dtype, dim if len(input.shape) else None)
 
     def sequential(input: Any, parameters: Sequence[Any], program: str) -> Any:
-        x, dtype, given = input, input.dtype, iter(parameters)
-        for step in program.split("; "):  # the grammar: csrc/sequential.h
-            name, _, listed = step.rstrip(")").partition("(")
-            dims = [int(dim) for dim in listed.split(",")] if listed else []
-            kind, *options = name.split("+")
-            if kind in ("linear", "linear_t"):
+        values, dtype, given = [input], input.dtype, iter(parameters)
+        for step in _programs.parse(program):
+            x = values[step.inputs[0]]
+            if step.is_linear:
                 weight = next(given)
-                bias = next(given) if "bias" in options else None
-                activation = next((o for o in options if o != "bias"), None)
-                if kind == "linear_t":
+                bias = next(given) if step.has_bias else None
+                if step.name == "linear_t":
                     weight = op.Transpose(weight, perm=[1, 0])
-                x = affine(x, dtype, weight, bias, activation)
-            elif kind == "center":
-                x = centered(x, dtype, dims if len(input.shape) else None)
-            elif kind == "flatten":
-                x = flattened(x, *dims)
+                x = affine(x, dtype, weight, bias, step.activation)
+            elif step.name == "center":
+                x = centered(x, dtype, step.numbers if len(input.shape) else None)
+            elif step.name == "flatten":
+                x = flattened(x, *step.numbers)
+            elif step.name == "add":
+                other = values[step.inputs[1]]
+                x = rounded(op.Add(widened(x, dtype), widened(other, dtype)), dtype)
             else:
-                x = rounded(activated(widened(x, dtype), dtype, kind), dtype)
-        return x
+                x = rounded(activated(widened(x, dtype), dtype, step.name), dtype)
+            values.append(x)
+        return values[-1]
 
     ops = torch.ops.mylayers
     return {

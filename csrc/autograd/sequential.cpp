@@ -42,7 +42,7 @@ struct Sequential : torch::autograd::Function<Sequential> {
       asked.push_back(parameter.requires_grad());
     }
     // Input, outputs, parameters; undefined where backward does not look.
-    const Reads reads(program, asked);
+    const SavedForBackward reads(program, asked);
     variable_list saved = {reads.input ? input : at::Tensor()};
     for (size_t i = 0; i < outputs.size(); ++i) {
       saved.push_back(reads.outputs[i] ? outputs[i] : at::Tensor());
@@ -65,22 +65,16 @@ struct Sequential : torch::autograd::Function<Sequential> {
     const Program& program = *kept;
     const size_t tensors = 1 + program.parameters;
     variable_list gradients(tensors + 1);  // the program, too, was an argument
-    // What lies behind the last output with a gradient gets none, not zeros.
-    size_t reached = 0, outputs = 0, parameters = 0;
-    for (const Step& step : program.steps) {
-      parameters += step.parameters();
-      if (step.computes() && grads[outputs++].defined()) {
-        reached = 1 + parameters;
-      }
-    }
-    if (reached == 0) {
+    // What no gradient reaches gets none, not zeros.
+    const GradientsAskedFor reached = reached_from(grads, program);
+    if (std::find(reached.begin(), reached.end(), true) == reached.end()) {
       return gradients;
     }
     const auto saved = ctx->get_saved_variables();
     const at::TensorList all = saved;
     GradientsAskedFor asked;
     for (size_t i = 0; i < tensors; ++i) {
-      asked.push_back(i < reached && ctx->needs_input_grad(i));
+      asked.push_back(reached[i] && ctx->needs_input_grad(i));
     }
     const auto flattened = ctx->saved_data.find("flattened");
     auto wanted = sequential_backward(
@@ -137,12 +131,12 @@ std::vector<at::Tensor> sequential_backward_autograd(
   return sequential_backward(grad_outputs, input, outputs, parameters, flattened, program, asked);
 }
 
-// Under autocast a chain that begins with a linear layer computes in the autocast dtype from there
-// on, as its layers would one by one; in another the layers decide.
+// Under autocast a line of layers that begins with a linear one computes in the autocast dtype from
+// there on, as they would one by one; in another program the layers decide.
 template <c10::DeviceType kDevice>
 at::Tensor sequential_autocast(
     const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  if (program.steps[0].kind != Step::Kind::kLinear) {
+  if (!program.steps[0]->as_linear() || !program.is_line) {
     return sequential_formula(input, parameters, program);
   }
   const c10::impl::ExcludeDispatchKeyGuard once(

@@ -97,7 +97,7 @@ void run_pair_tiles(
   const int64_t panels = ceil_div(n, kPanel), widest = plan.depth;
   // Four lines more than a panel has: the next one would lie in the same sets of the caches.
   const int64_t panel_size = widest * kPanel + 2 * kPanel;
-  const bool rounds_in_tile = std::is_same_v<Out, bfloat16_t> && fits_in_tile(act);
+  const bool rounds_in_tile = std::is_same_v<Out, bfloat16_t> && row_of(act).in_registers;
   // A transposed copy writes a line of every row in turn: 1.08 times the time of a whole weight
   // gradient of 1024 x 1024 x 1024 while rows lay in the same sets.
   const int64_t a_row = 2 * apart(widest / 2);

@@ -20,8 +20,6 @@ namespace {
 // Multiply-adds up to which a product takes less time on any processor than PyTorch's function
 // takes to begin: 2^15 are 8192 instructions on vectors of 16 bytes.
 constexpr double kSmallProduct = 1 << 15;
-// Values that pay for a second thread.
-constexpr int64_t kGrain = 1 << 15;
 
 template <class T>
 constexpr at::ScalarType kScalarType = std::is_same_v<T, float>    ? at::kFloat
@@ -33,23 +31,6 @@ constexpr at::ScalarType kScalarType = std::is_same_v<T, float>    ? at::kFloat
 template <class T>
 at::Tensor tensor(const T* data, at::IntArrayRef sizes, at::IntArrayRef strides) {
   return at::from_blob(const_cast<T*>(data), sizes, strides, kScalarType<T>);
-}
-
-// c (count) = act(c), rounded once more.
-template <class T>
-void activate(int64_t count, Activation act, T* c) {
-  const auto& storage = kernels().storage<T>();
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    storage.finish(1, count, c, count, nullptr, act, c, count);
-  } else {
-    constexpr int64_t kPiece = 1 << 11;
-    const Scratch<acc_t<T>> wide(std::min(kPiece, count));
-    for (int64_t i = 0; i < count; i += kPiece) {
-      const int64_t piece = std::min(kPiece, count - i);
-      storage.pack(1, piece, c + i, piece, 1, wide.get(), piece);
-      storage.finish(1, piece, wide.get(), piece, nullptr, act, c + i, piece);
-    }
-  }
 }
 
 }  // namespace
@@ -86,9 +67,7 @@ void gemm_aten(
     at::cpu::mm_out(out, x, y);
   }
   if (act != Activation::kNone) {
-    at::parallel_for(0, m * n, kGrain, [&](int64_t begin, int64_t end) {
-      activate(end - begin, act, c + begin);
-    });
+    activate(m * n, c, act, c);
   }
 }
 

@@ -2,13 +2,12 @@
 // writes is in cache when the next reads it.
 #include "../sequential.h"
 
-#include <ATen/ops/flatten.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "../center.h"
+#include "activation.h"
 #include "gemm.h"
 #include "gemm_aten.h"
 #include "matrices.h"
@@ -33,6 +32,7 @@ struct Layer {
   Matrix<T> weight;  // (in_units, units)
   const T* bias;
   Activation activation;
+  T* sums;    // where X @ W + b is kept, if backward reads it
   T* output;  // null: only the next layer reads it
 };
 
@@ -56,9 +56,13 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
       const auto& layer = layers[l];
       T* out = layer.output ? layer.output + first * layer.units
                             : between.get() + l % 2 * (count * widest);
+      T* sums = layer.sums ? layer.sums + first * layer.units : out;
       gemm<T>(
-          count, layer.units, layer.in_units, in, layer.weight, layer.bias, layer.activation, out,
-          weights);
+          count, layer.units, layer.in_units, in, layer.weight, layer.bias,
+          layer.sums ? Activation::kNone : layer.activation, sums, weights);
+      if (layer.sums) {
+        activate(count * layer.units, sums, layer.activation, out);
+      }
       in = {out, layer.units, 1};
     }
   };
@@ -86,7 +90,7 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
 
 // linear_act's own checks and messages, for a layer whose input may never be a tensor.
 void check_layer(
-    const at::Tensor& x, int64_t in_units, const Step& step, const at::Tensor* parameters) {
+    const at::Tensor& x, int64_t in_units, const LinearStep& step, at::TensorList parameters) {
   const at::Tensor& weight = parameters[0];
   const auto alike = [&](const at::Tensor& t) {
     return t.device() == x.device() && t.scalar_type() == x.scalar_type();
@@ -108,89 +112,114 @@ void check_layer(
   TORCH_INTERNAL_ASSERT(false, "linear_act accepts what sequential refused");
 }
 
-// The steps [first, last), all linear. The last one's output; `outputs`, if any, get them all.
-at::Tensor linear_steps(
-    const at::Tensor& input, const Step* first, const Step* last, const at::Tensor* parameter,
-    std::vector<at::Tensor>* outputs) {
-  at::Tensor output;
+// A linear step, and the activation that follows it as a step of its own, if there is one.
+struct LinearAndActivation {
+  const LinearStep* linear;
+  const ActivationStep* activation = nullptr;
+
+  const Step& last() const { return activation ? static_cast<const Step&>(*activation) : *linear; }
+};
+
+// Those of which each reads only what the one before it makes. An activation whose derivative is a
+// function of its output stands in the linear step.
+c10::SmallVector<LinearAndActivation, 8> linear_run_from(const Program& program, size_t first) {
+  c10::SmallVector<LinearAndActivation, 8> run;
+  for (size_t i = first; i < program.steps.size(); ++i) {
+    const Step& step = *program.steps[i];
+    if (!run.empty()) {
+      const size_t before = run.back().last().value;
+      if (step.inputs[0] != before || program.values[before].readers != 1) {
+        break;
+      }
+    }
+    if (const LinearStep* const linear = step.as_linear()) {
+      run.push_back({linear});
+      continue;
+    }
+    const ActivationStep* const activation = step.as_activation();
+    if (!activation || run.empty() || run.back().activation ||
+        run.back().linear->activation != Activation::kNone ||
+        !reads_input(activation->activation)) {
+      break;
+    }
+    run.back().activation = activation;
+  }
+  return run;
+}
+
+// Computes them, and sets the last one's value; with `keeps_all` those of all.
+void run_linear_steps(
+    c10::ArrayRef<LinearAndActivation> steps, const Program& program, at::TensorList parameters,
+    bool keeps_all, Run& run) {
+  const at::Tensor& input = run.value(steps.front().linear->inputs[0]);
   c10::SmallVector<c10::MaybeOwned<at::Tensor>, 8> biases;
   with_storage_type(input.scalar_type(), [&]<class T>(T) {
     c10::SmallVector<Layer<T>, 8> layers;
     int64_t in_units = input.dim() == 0 ? 0 : input.size(-1);
     c10::SmallVector<int64_t, 6> sizes(input.sizes().begin(), input.sizes().end());
-    for (const Step* step = first; step != last; ++step) {
-      check_layer(input, in_units, *step, parameter);
-      const Matrix<T> w = matrix<T>(parameter[0]);
-      const int64_t units = parameter[0].size(step->transposed ? 0 : 1);
+    const auto allocate = [&](const Step& step) {
+      at::Tensor made = empty_like_of(input, sizes);
+      T* const values = mutable_data<T>(made);
+      run.set(step, std::move(made));
+      return values;
+    };
+    for (const auto& step : steps) {
+      const LinearStep& linear = *step.linear;
+      const auto own = program.parameters_of(linear, parameters);
+      check_layer(input, in_units, linear, own);
+      const Matrix<T> w = matrix<T>(own[0]);
+      const int64_t units = own[0].size(linear.transposed ? 0 : 1);
       const T* bias = nullptr;
-      if (step->has_bias) {
-        bias = data<T>(*biases.emplace_back(parameter[1].expect_contiguous()));
+      if (linear.has_bias) {
+        bias = data<T>(*biases.emplace_back(own[1].expect_contiguous()));
       }
-      T* out = nullptr;
-      if (outputs || step + 1 == last) {
+      if (!sizes.empty()) {
         sizes.back() = units;
-        output = empty_like_of(input, sizes);
-        out = mutable_data<T>(output);
-      }
-      if (outputs) {
-        outputs->push_back(output);
       }
       layers.push_back(
-          {in_units, units, step->transposed ? w.transposed() : w, bias, step->activation, out});
+          {in_units, units, linear.transposed ? w.transposed() : w, bias,
+           step.activation ? step.activation->activation : linear.activation,
+           keeps_all && step.activation ? allocate(linear) : nullptr,
+           keeps_all || &step == &steps.back() ? allocate(step.last()) : nullptr});
       in_units = units;
-      parameter += step->parameters();
     }
     const Rows x(input);
     run_layers<T>(x.count, x.matrix<T>(), layers);
   });
-  return output;
 }
 
-// The last step's output; `outputs`, if any, get those of all computing steps.
-at::Tensor run(
-    const at::Tensor& input, at::TensorList parameters, const Program& program,
-    std::vector<at::Tensor>* outputs) {
+constexpr StepFunctions kKernels = {activation, activation_backward, linear_act_gradients};
+
+// Sets the last step's value; with `keeps_all` those of all.
+void run_steps(const Program& program, at::TensorList parameters, bool keeps_all, Run& run) {
   program.check_parameters(parameters);
-  at::Tensor output;
-  const at::Tensor* x = &input;
-  const at::Tensor* parameter = parameters.data();
-  const Step* end = program.steps.data() + program.steps.size();
-  for (const Step* step = program.steps.data(); step != end;) {
-    const Step* next = step + 1;
-    switch (step->kind) {
-      case Step::Kind::kLinear:
-        while (next != end && next->kind == Step::Kind::kLinear) {
-          ++next;
-        }
-        output = linear_steps(*x, step, next, parameter, outputs);
-        for (const Step* s = step; s != next; ++s) {
-          parameter += s->parameters();
-        }
-        break;
-      case Step::Kind::kActivation:
-        output = activation_formula(*x, step->activation);
-        break;
-      case Step::Kind::kCenter:
-        output = center(*x, step->center_dim());
-        break;
-      case Step::Kind::kFlatten:
-        output = at::flatten(*x, step->dims[0], step->dims[1]);
-        break;
+  for (size_t i = 0; i < program.steps.size();) {
+    const Step& step = *program.steps[i];
+    const auto linear = linear_run_from(program, i);
+    if (linear.empty()) {
+      run.set(
+          step,
+          step.forward(run.inputs_of(step), program.parameters_of(step, parameters), kKernels));
+      ++i;
+    } else {
+      run_linear_steps(linear, program, parameters, keeps_all, run);
+      i = linear.back().last().value;  // the steps before it, and itself
     }
-    if (outputs && (step->kind == Step::Kind::kActivation || step->kind == Step::Kind::kCenter)) {
-      outputs->push_back(output);
+    if (!keeps_all) {
+      run.release(step);
     }
-    x = &output;
-    step = next;
   }
-  return output;
 }
 
 }  // namespace
 
 at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  return has_kernel(input) ? run(input, parameters, program, /*outputs=*/nullptr)
-                           : sequential_formula(input, parameters, program);
+  if (!has_kernel(input)) {
+    return sequential_formula(input, parameters, program);
+  }
+  Run run(program, input);
+  run_steps(program, parameters, /*keeps_all=*/false, run);
+  return run.take_result();
 }
 
 std::vector<at::Tensor> sequential_outputs(
@@ -198,10 +227,9 @@ std::vector<at::Tensor> sequential_outputs(
   if (!has_kernel(input)) {
     return sequential_outputs_formula(input, parameters, program);
   }
-  std::vector<at::Tensor> outputs;
-  outputs.reserve(program.outputs);
-  run(input, parameters, program, &outputs);
-  return outputs;
+  Run run(program, input);
+  run_steps(program, parameters, /*keeps_all=*/true, run);
+  return run.outputs();
 }
 
 std::vector<at::Tensor> sequential_backward(
@@ -212,8 +240,8 @@ std::vector<at::Tensor> sequential_backward(
     return !t.defined() || has_kernel(t);
   });
   return sequential_backward_by(
-      compiled ? linear_act_gradients : linear_backward_formula, grad_outputs, input, outputs,
-      parameters, flattened, program, asked);
+      compiled ? kKernels : kFormulas, grad_outputs, input, outputs, parameters, flattened, program,
+      asked);
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CPU, m) {

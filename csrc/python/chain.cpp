@@ -174,7 +174,7 @@ bool takes_parameters(const py::object& weight, const py::object& bias, int64_t 
 }
 
 // The same of a child that a linear step of a program is for.
-bool takes_parameters(const Step& step, const Found& found) {
+bool takes_parameters(const LinearStep& step, const Found& found) {
   return found.foreign || is_matrix_and_vector(
                               THPVariable_Unpack(found.weight),
                               found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
@@ -188,7 +188,7 @@ bool next(
     const Part& part, PyObject* modules, Py_ssize_t& place, Held* parameters,
     std::vector<py::object>* children) {
   bool as_planned = true;
-  const Step* step = part.program.has_value() ? part.program->steps.data() : nullptr;
+  auto step = part.program.has_value() ? part.program->linear_steps.begin() : nullptr;
   for (const plans::Kind& kind : part.children) {
     PyObject* module = nullptr;
     if (!PyDict_Next(modules, &place, nullptr, &module)) {
@@ -199,10 +199,7 @@ bool next(
     as_planned =
         as_planned && fits(kind, module, found) && !(parameters != nullptr && found.foreign);
     if (as_planned && step != nullptr && (found.weight != nullptr || found.foreign)) {
-      while (step->kind != Step::Kind::kLinear) {
-        ++step;
-      }
-      as_planned = takes_parameters(*step++, found);
+      as_planned = takes_parameters(**step++, found);
     }
     if (as_planned && parameters != nullptr && found.weight != nullptr) {
       parameters->take(found.weight);
@@ -236,13 +233,9 @@ bool is_short(const Held& tensors, const Program& program) {
     return false;
   }
   int64_t work_per_row = 0;
-  size_t parameter = 1;
-  for (const Step& step : program.steps) {
-    if (step.kind == Step::Kind::kLinear) {
-      const at::Tensor& weight = tensors[parameter];
-      work_per_row += has_plain_sizes(weight) ? weight.numel() : kShortAlone;
-      parameter += step.parameters();
-    }
+  for (const LinearStep* step : program.linear_steps) {
+    const at::Tensor& weight = tensors[1 + step->first_parameter];
+    work_per_row += has_plain_sizes(weight) ? weight.numel() : kShortAlone;
   }
   const int64_t columns = x.dim() ? x.size(-1) : 1;
   const auto at_most = [&](int64_t work) {

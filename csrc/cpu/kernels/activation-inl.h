@@ -1,4 +1,4 @@
-// Activations and their derivatives as functions of their outputs.
+// Activations, and their derivatives as functions of what csrc/activation.h says.
 
 template <Activation kActivation, class C>
 INLINE vec<C> activated(vec<C> v) {
@@ -23,7 +23,7 @@ INLINE vec<C> activated(vec<C> v) {
   }
 }
 
-// act'(z) * g as a function of y = act(z), for the NaN and the zeros of y as PyTorch has it.
+// act'(z) * g as a function of y, which is act(z) or z, for its NaN and zeros as PyTorch has it.
 template <Activation kActivation, class C>
 INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
   if constexpr (kActivation == Activation::kRelu) {
@@ -48,14 +48,11 @@ INLINE void with_activation(Activation act, F f) {
   switch (act) {
     case Activation::kNone:
       return f(Constant<Activation::kNone>{});
-    case Activation::kRelu:
-      return f(Constant<Activation::kRelu>{});
-    case Activation::kTanh:
-      return f(Constant<Activation::kTanh>{});
-    case Activation::kSigmoid:
-      return f(Constant<Activation::kSigmoid>{});
-    case Activation::kElu:
-      return f(Constant<Activation::kElu>{});
+#define CASE(enumerator, ...)  \
+  case Activation::enumerator: \
+    return f(Constant<Activation::enumerator>{});
+      MYLAYERS_ACTIVATIONS(CASE)
+#undef CASE
   }
 }
 

@@ -87,10 +87,11 @@ INLINE void end_sums(
     const int n = left < L ? static_cast<int>(left) : L;
     return activate_in_tile<float>(bias && n > 0 ? sum + load_n(bias + j, n) : sum, act);
   };
-  if (!fits_in_tile(act)) {
+  if (!row_of(act).in_registers) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; j += L) {
-        store(sums + i * sums_row + j, finished(sums + i * sums_row, j));
+        const vec<float> sum = finished(sums + i * sums_row, j);
+        store(sums + i * sums_row + j, reads_input(act) ? rounded<Out>(sum) : sum);
       }
     }
     activate(rows, cols, sums, sums_row, act);

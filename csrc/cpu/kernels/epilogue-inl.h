@@ -13,6 +13,9 @@ void finish(
             if (bias) {
               v += load_n(bias + j, n);
             }
+            if constexpr (reads_input(kAct)) {
+              v = rounded<T>(v);
+            }
             store_n(out + i * out_row + j, activated<kAct, C>(v), n);
           });
     }

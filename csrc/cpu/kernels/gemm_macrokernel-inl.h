@@ -32,7 +32,7 @@ void block(
     const C* b, int64_t b_row, bool in_strips, C* c, int64_t c_row, bool accumulate, bool finish,
     const C* bias, Activation act, Copies<C> copies) {
   constexpr int L = kLanes<C>;
-  const bool activates_after = finish && !fits_in_tile(act);
+  const bool activates_after = finish && !row_of(act).in_registers;
   for (int64_t j = 0, cols = 0; j < n; j += cols) {
     cols = next_width<C>(n - j, m, k);
     const int tail = static_cast<int>(cols % L);

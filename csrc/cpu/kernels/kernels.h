@@ -39,12 +39,6 @@ constexpr int64_t kPanel = 64;
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kStreamDepth = 8;
 
-// Tiles and streams apply relu in registers. The other activations are too long to be unrolled
-// into each of them, and run over c while it is in level-1 cache.
-constexpr bool fits_in_tile(Activation act) {
-  return act == Activation::kNone || act == Activation::kRelu;
-}
-
 // Where sums for a mean are cut, whatever the number of threads: values of a run, rows of
 // columns.
 constexpr int64_t kRunChunk = 1 << 13;
@@ -158,7 +152,7 @@ struct PairKernels {
   // For AVX512-BF16, null below the level of AVX-512: sums (m, cols <= kPanel), in rows of kPanel,
   // = c0 + a @ b, a (m, 2 * pairs) with unit column stride, b a panel of pack_pairs, c0 = sums if
   // `accumulate` else 0. If out is not null, act(sums + bias), rounded once, is written there
-  // instead, for an act that fits_in_tile. Every sum is one chain over the pairs in rising order,
+  // instead, for an act that it applies in registers. Every sum is one chain over the pairs in rising order,
   // so its bits depend on neither m, cols nor how the pairs are cut into calls. `first_panel`: a is
   // read for the first time, maybe from memory.
   void (*block)(

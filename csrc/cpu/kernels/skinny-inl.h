@@ -171,7 +171,7 @@ void stream(
           n, a + i * a_row + p * a_col, a_row, a_col, b + p * b_row, b_row, source, c + i * c_row,
           c_row, accumulate || p > 0, finish && p + steps == k, bias, act);
     }
-    if (finish && !fits_in_tile(act)) {
+    if (finish && !row_of(act).in_registers) {
       activate(rows, n, c + i * c_row, c_row, act);
     }
   }

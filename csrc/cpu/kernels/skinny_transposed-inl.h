@@ -130,7 +130,7 @@ void transposed(
       {stream_transposed<C, 1, true>, stream_transposed<C, 2, true>, stream_transposed<C, 3, true>,
        stream_transposed<C, 4, true>}};
   by_rows[source != Source::kCache][m - 1](n, k, a, a_row, b, b_col, source, c, c_row, bias, act);
-  if (!fits_in_tile(act)) {
+  if (!row_of(act).in_registers) {
     activate(m, n, c, c_row, act);
   }
 }

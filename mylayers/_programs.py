@@ -1,0 +1,57 @@
+"""Programs of ``mylayers::sequential``, read by who translates or counts them.
+
+csrc/steps/program.h has their grammar, and is who refuses what is none.
+"""
+
+from typing import NamedTuple
+
+__all__ = ["Step", "parse"]
+
+
+class Step(NamedTuple):
+    """A step of a program.
+
+    Attributes:
+        name: "linear", "linear_t", "center", "flatten", "add" or an activation's.
+        numbers: the dimensions of a center or flatten.
+        has_bias: whether a linear step has a bias.
+        activation: that of a linear step.
+        inputs: the values that it reads; 0 is the program's input, i what its i-th step makes.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    has_bias: bool
+    activation: str | None
+    inputs: tuple[int, ...]
+
+    @property
+    def is_linear(self) -> bool:
+        return self.name in ("linear", "linear_t")
+
+    @property
+    def units_dim(self) -> int:
+        """The dimension of a linear step's weight that is its units."""
+        return 0 if self.name == "linear_t" else 1
+
+    @property
+    def parameters(self) -> int:
+        return (1 + self.has_bias) if self.is_linear else 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def parse(program: str) -> list[Step]:
+    """The steps of a program that the operator takes."""
+    steps = []
+    for place, text in enumerate(program.split("; ")):
+        step, _, inputs = text.partition("@")
+        head, *suffixes = step.split("+")
+        name, _, numbers = head.rstrip(")").partition("(")
+        has_bias = "bias" in suffixes
+        activation = suffixes[-1] if len(suffixes) > has_bias else None
+        named = _numbers(inputs) or (place,)
+        steps.append(Step(name, _numbers(numbers), has_bias, activation, named))
+    return steps
