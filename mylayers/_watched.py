@@ -16,6 +16,7 @@ from torch.nn.modules import activation, dropout, linear, loss
 
 from mylayers import functional, layers
 from mylayers._extension import _C
+from mylayers.activations import ACTIVATIONS
 from mylayers.layers import CenteredLayer, MyLinear
 
 __all__ = ["replaced"]
@@ -48,10 +49,10 @@ def _functions(*places: tuple[ModuleType | type, str]) -> tuple[_Function, ...]:
 _CALLED: dict[type[nn.Module], tuple[_Function, ...]] = {
     nn.Linear: _functions((F, "linear"), (linear, "F")),
     MyLinear: _functions((functional, "linear_act"), (layers, "functional")),
-    nn.ReLU: _functions((F, "relu"), (torch, "relu"), (torch, "relu_"), (activation, "F")),
-    nn.Tanh: _functions((torch, "tanh"), (activation, "torch")),
-    nn.Sigmoid: _functions((torch, "sigmoid"), (activation, "torch")),
-    nn.ELU: _functions((F, "elu"), (activation, "F")),
+    **{
+        known.module: _functions(*known.calls, (activation, "F"), (activation, "torch"))
+        for known in ACTIVATIONS.values()
+    },
     CenteredLayer: _functions((functional, "center"), (layers, "functional")),
     nn.Flatten: _functions((torch.Tensor, "flatten")),
     nn.Dropout: _functions((F, "dropout"), (dropout, "F")),

@@ -11,8 +11,8 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 
 from mylayers import functional, stock
 from mylayers._extension import _C
+from mylayers.activations import ACTIVATIONS, NAMES
 from mylayers.convert import linear_from, linear_to
-from mylayers.reference import ACTIVATIONS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,8 +110,7 @@ class MyLinear(nn.Module):
             )
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(
-                f"MyLinear: activation must be one of {', '.join(ACTIVATIONS)} or None; "
-                f"got {activation!r}"
+                f"MyLinear: activation must be one of {NAMES} or None; got {activation!r}"
             )
         self.activation = activation
         self._make_parameters(bias, device, dtype)

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from mylayers import _programs
+from mylayers.activations import ACTIVATIONS, NAMES
 
 __all__ = ["translation_table"]
-
-ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid", "elu": "Elu"}
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -68,13 +67,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         if activation not in ACTIVATIONS:
             raise ValueError(
                 "mylayers.onnx: activation must be one of those translated, "
-                f"{', '.join(ACTIVATIONS)} or None; got {activation!r}"
+                f"{NAMES} or None; got {activation!r}"
             )
-        if activation == "elu" and dtype == ir.DataType.DOUBLE:
-            # ONNX Runtime has no Elu of float64 on CPUs.
-            zero, one = op.CastLike(0.0, x), op.CastLike(1.0, x)
-            return op.Add(op.Relu(x), op.Sub(op.Exp(op.Min(x, zero)), one))
-        return getattr(op, ACTIVATIONS[activation])(x)
+        known = ACTIVATIONS[activation]
+        if dtype == ir.DataType.DOUBLE and known.onnx_float64 is not None:
+            return known.onnx_float64(op, x)
+        return known.onnx(op, x)
 
     def affine(x: Any, dtype: Any, weight: Any, bias: Any, activation: str | None) -> Any:
         y = op.MatMul(widened(x, dtype), widened(weight, dtype))

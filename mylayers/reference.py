@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mylayers import activations
+
 __all__ = ["ACTIVATIONS", "center", "linear_act"]
 
-# Those whose derivative is a function of their output.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "elu": torch.nn.functional.elu,
+    name: activation.formula for name, activation in activations.ACTIVATIONS.items()
 }
 
 
@@ -34,8 +32,7 @@ def linear_act(
         return output
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"linear_act: activation must be one of {', '.join(ACTIVATIONS)} or None; "
-            f"got {activation!r}"
+            f"linear_act: activation must be one of {activations.NAMES} or None; got {activation!r}"
         )
     return ACTIVATIONS[activation](output)
 

@@ -6,7 +6,7 @@ call; where none fits any more, a new one is made.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mylayers import _watched, stock
 from mylayers._extension import _C
+from mylayers.activations import ACTIVATIONS
 from mylayers.layers import STOCK_MY_LINEAR, CenteredLayer, MyLinear
-from mylayers.reference import ACTIVATIONS
 from mylayers.stock import DICTIONARIES, HOOKS, TENSORS, Difference, Must, Stock
 
 __all__ = ["FusedSequential"]
@@ -111,27 +111,38 @@ def _my_linear(own: _State) -> _Layer | Unfused:
         return _linear(own, "linear", "activation")
     if type(activation) is not str or activation not in ACTIVATIONS:
         return Unfused("its activation is none of ours", ("activation",))
-    return _linear(own, f"linear+{activation}", "activation")
+    if not ACTIVATIONS[activation].reads_input:
+        return _linear(own, f"linear+{activation}", "activation")
+    layer = _linear(own, "linear", "activation")
+    if isinstance(layer, Unfused):
+        return layer
+    return replace(layer, step=f"{layer.step}; {activation}")
 
 
-def _always(step: str) -> Callable[[_State], _Layer]:
-    return lambda _: _Layer(step)
+def _activation(module: type[nn.Module]) -> Callable[[_State], _Layer | Unfused]:
+    known = {name: one for name, one in ACTIVATIONS.items() if one.module is module}
+    settings = sorted({setting for one in known.values() for setting in one.settings})
+    works_in_place = "inplace" in vars(module())
+    attributes = (*settings, "inplace") if works_in_place else tuple(settings)
 
+    def rule(own: _State) -> _Layer | Unfused:
+        inplace = own.get("inplace") if works_in_place else False
+        given = {setting: own.get(setting) for setting in settings}
+        if type(inplace) is not bool:
+            return Unfused("its inplace is no bool", attributes)
+        for setting, value in given.items():
+            if type(value) not in (int, float, str):
+                return Unfused(f"its {setting} is of {type(value).__name__}", attributes)
+        for name, one in known.items():
+            if given == one.settings:
+                return _Layer(name, attributes, inplace)
+        reasons = []
+        for setting, value in given.items():
+            fused = " or ".join(repr(one.settings[setting]) for one in known.values())
+            reasons.append(f"{setting} is {value!r}, not {fused}")
+        return Unfused(", ".join(reasons), attributes)
 
-def _relu(own: _State) -> _Layer | Unfused:
-    inplace = own.get("inplace")
-    if type(inplace) is not bool:
-        return Unfused("its inplace is no bool", ("inplace",))
-    return _Layer("relu", ("inplace",), inplace)
-
-
-def _elu(own: _State) -> _Layer | Unfused:
-    inplace, alpha = own.get("inplace"), own.get("alpha")
-    if type(inplace) is not bool or type(alpha) not in (int, float):
-        return Unfused("its inplace is no bool or its alpha no float", ("inplace", "alpha"))
-    if alpha != 1:
-        return Unfused(f"alpha is {alpha}, not 1", ("alpha",))
-    return _Layer("elu", ("alpha", "inplace"), inplace)
+    return rule
 
 
 def _centered(own: _State) -> _Layer | Unfused:
@@ -164,12 +175,9 @@ def _dropout(own: _State) -> _Layer | Unfused:
 _RULES: dict[type[nn.Module], Callable[[_State], _Layer | Unfused]] = {
     nn.Linear: lambda own: _linear(own, "linear_t"),
     MyLinear: _my_linear,
-    nn.ReLU: _relu,
-    nn.Tanh: _always("tanh"),
-    nn.Sigmoid: _always("sigmoid"),
-    nn.ELU: _elu,
+    **{one.module: _activation(one.module) for one in ACTIVATIONS.values()},
     CenteredLayer: _centered,
-    nn.Identity: _always(""),
+    nn.Identity: lambda _: _Layer(""),
     nn.Flatten: _flatten,
     nn.Dropout: _dropout,
 }
@@ -308,7 +316,8 @@ class Chain:
         return any(layer.is_linear for layer in self.layers) or "; " in self.program
 
 
-_ACTIVATION_STEPS = ("relu", "tanh", "sigmoid", "elu")
+# Those that a linear step takes: backward reads their output, which the next layer keeps anyway.
+_ACTIVATION_STEPS = tuple(name for name, one in ACTIVATIONS.items() if not one.reads_input)
 _AFFINE_STEPS = ("linear", "linear+bias", "linear_t", "linear_t+bias")
 
 

@@ -1,15 +1,7 @@
 // linear_act in ATen's own operators: every device, dtype, layout and transform that has
 // no compiled kernel; and the shapes of its results, for the Meta device.
-#include <ATen/ops/elu.h>
-#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/sigmoid_backward.h>
-#include <ATen/ops/tanh.h>
-#include <ATen/ops/tanh_backward.h>
-#include <ATen/ops/threshold_backward.h>
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
@@ -66,40 +58,6 @@ Gradients linear_act_backward_meta(
 }
 
 }  // namespace
-
-at::Tensor activation_formula(const at::Tensor& z, Activation activation) {
-  switch (activation) {
-    case Activation::kNone:
-      return z;
-    case Activation::kRelu:
-      return at::relu(z);
-    case Activation::kTanh:
-      return at::tanh(z);
-    case Activation::kSigmoid:
-      return at::sigmoid(z);
-    case Activation::kElu:
-      return at::elu(z);
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
-
-at::Tensor activation_backward_formula(
-    const at::Tensor& grad_output, const at::Tensor& output, Activation activation) {
-  switch (activation) {
-    case Activation::kNone:
-      return grad_output;
-    case Activation::kRelu:
-      return at::threshold_backward(grad_output, output, 0);
-    case Activation::kTanh:
-      return at::tanh_backward(grad_output, output);
-    case Activation::kSigmoid:
-      return at::sigmoid_backward(grad_output, output);
-    case Activation::kElu:
-      return at::elu_backward(
-          grad_output, /*alpha=*/1, /*scale=*/1, /*input_scale=*/1, /*is_result=*/true, output);
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
 
 at::Tensor linear_act_formula(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,

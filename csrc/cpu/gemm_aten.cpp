@@ -11,6 +11,7 @@
 #include <string>
 #include <type_traits>
 
+#include "activation.h"
 #include "machine/tuning.h"
 #include "scratch.h"
 

@@ -1,42 +1,9 @@
 // Activation and its derivative on CUDA, each in one pass with the bias's part of it.
-#include <cmath>
-
+#include "activation.cuh"
 #include "device.cuh"
 
 namespace mylayers::cuda {
 namespace {
-
-// Every comparison is false for NaN, which so passes on.
-template <Activation kAct, class C>
-__device__ __forceinline__ C activated(C z) {
-  if constexpr (kAct == Activation::kRelu) {
-    return z < 0 ? C(0) : z;  // keeps -0, as torch.relu does
-  } else if constexpr (kAct == Activation::kTanh) {
-    return std::tanh(z);
-  } else if constexpr (kAct == Activation::kSigmoid) {
-    return 1 / (1 + std::exp(-z));
-  } else if constexpr (kAct == Activation::kElu) {
-    return z < 0 ? std::expm1(z) : z;
-  } else {
-    return z;
-  }
-}
-
-// act'(z) * g as a function of y = act(z), for the NaN and the zeros of y as PyTorch has it.
-template <Activation kAct, class C>
-__device__ __forceinline__ C activation_gradient(C g, C y) {
-  if constexpr (kAct == Activation::kRelu) {
-    return y <= 0 ? C(0) : g;
-  } else if constexpr (kAct == Activation::kTanh) {
-    return g * (1 - y * y);
-  } else if constexpr (kAct == Activation::kSigmoid) {
-    return g * (1 - y) * y;
-  } else if constexpr (kAct == Activation::kElu) {
-    return y <= 0 ? g * (y + 1) : g;
-  } else {
-    return g;
-  }
-}
 
 // y = act(z + bias). A thread keeps its columns' bias and walks down the rows. z may be y: each
 // element is read before it is written, by the same thread.
@@ -154,26 +121,6 @@ __global__ void __launch_bounds__(kTileThreads)
     if (p.inside && p.row == 0) {
       db[p.column] = static_cast<T>(sums[0]);
     }
-  }
-}
-
-// f(Constant<act>{}).
-template <Activation kAct>
-using Constant = std::integral_constant<Activation, kAct>;
-
-template <class F>
-void with_activation(Activation act, const F& f) {
-  switch (act) {
-    case Activation::kNone:
-      return f(Constant<Activation::kNone>{});
-    case Activation::kRelu:
-      return f(Constant<Activation::kRelu>{});
-    case Activation::kTanh:
-      return f(Constant<Activation::kTanh>{});
-    case Activation::kSigmoid:
-      return f(Constant<Activation::kSigmoid>{});
-    case Activation::kElu:
-      return f(Constant<Activation::kElu>{});
   }
 }
 
