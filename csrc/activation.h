@@ -15,7 +15,9 @@ namespace mylayers {
   X(kRelu, "relu", kOutput, true)        \
   X(kTanh, "tanh", kOutput, false)       \
   X(kSigmoid, "sigmoid", kOutput, false) \
-  X(kElu, "elu", kOutput, false)
+  X(kElu, "elu", kOutput, false)         \
+  X(kGelu, "gelu", kInput, false)        \
+  X(kGeluTanh, "gelu_tanh", kInput, false)
 
 #define ENUMERATOR(enumerator, name, derivative_of, in_registers) enumerator,
 enum class Activation : int { kNone, MYLAYERS_ACTIVATIONS(ENUMERATOR) };

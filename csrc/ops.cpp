@@ -162,6 +162,11 @@ void check_linear_act_backward(
   if (mask[1]) {
     check_sizes("input", require("input", input, "the gradient of weight"), 1);
   }
+  TORCH_CHECK_VALUE(
+      !reads_input(activation), op,
+      ": activation must be one whose derivative is a function of its "
+      "output; got \"",
+      row_of(activation).name, "\"");
   if (activation != Activation::kNone) {
     check_sizes("output", require("output", output, "an activation's derivative"), 0);
   }

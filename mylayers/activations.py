@@ -5,6 +5,8 @@ Imports nothing compiled: the formulas are the oracle of the tests (:mod:`mylaye
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from math import pi
 from typing import Any
 
 import torch
@@ -43,6 +45,20 @@ def _elu_float64(op: Any, x: Any) -> Any:
     return op.Add(op.Relu(x), op.Sub(op.Exp(op.Min(x, zero)), one))
 
 
+def _half_of_product(op: Any, x: Any, y: Any) -> Any:
+    return op.Mul(op.Mul(x, op.CastLike(0.5, x)), op.Add(y, op.CastLike(1.0, x)))
+
+
+def _gelu_onnx(op: Any, x: Any) -> Any:
+    return _half_of_product(op, x, op.Erf(op.Mul(x, op.CastLike(0.5**0.5, x))))
+
+
+def _gelu_tanh_onnx(op: Any, x: Any) -> Any:
+    cubic = op.Mul(op.Mul(op.Mul(x, x), x), op.CastLike(0.044715, x))
+    inner = op.Mul(op.Add(x, cubic), op.CastLike((2 / pi) ** 0.5, x))
+    return _half_of_product(op, x, op.Tanh(inner))
+
+
 ACTIVATIONS = {
     "relu": Activation(
         torch.relu,
@@ -61,6 +77,22 @@ ACTIVATIONS = {
         onnx_float64=_elu_float64,
         settings={"alpha": 1},
         calls=((F, "elu"),),
+    ),
+    "gelu": Activation(
+        F.gelu,
+        nn.GELU,
+        _gelu_onnx,
+        settings={"approximate": "none"},
+        calls=((F, "gelu"),),
+        reads_input=True,
+    ),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"),
+        nn.GELU,
+        _gelu_tanh_onnx,
+        settings={"approximate": "tanh"},
+        calls=((F, "gelu"),),
+        reads_input=True,
     ),
 }
 

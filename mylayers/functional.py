@@ -37,7 +37,8 @@ def linear_act(
         weight: ``(in_units, units)``, any strides; dtype and device of ``input``. (The
             transpose of ``torch.nn.functional.linear``'s.)
         bias: ``(units)``, or None for no bias.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
+            ``"gelu_tanh"`` (its approximation) or None.
 
     Returns:
         ``(..., units)``, contiguous. Sums are formed in float32 for the 16-bit dtypes and in

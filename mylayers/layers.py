@@ -53,7 +53,8 @@ class MyLinear(nn.Module):
         in_units: size of each input row.
         units: size of each output row.
         bias: whether to add a learnt bias.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
+            ``"gelu_tanh"`` (its approximation) or None.
         device: where the parameters are made.
         dtype: floating dtype of the parameters.
 
@@ -164,7 +165,8 @@ class MyLinear(nn.Module):
         Args:
             linear: its parameters are copied, the weight transposed; dtype, device,
                 ``requires_grad`` and training mode are kept.
-            activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
+            activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
+            ``"gelu_tanh"`` (its approximation) or None.
 
         Returns:
             A new layer that shares nothing with ``linear``.
@@ -229,7 +231,8 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):
     Args:
         units: size of each output row.
         bias: whether to add a learnt bias.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1) or None.
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
+            ``"gelu_tanh"`` (its approximation) or None.
         device: where the parameters are made.
         dtype: floating dtype of the parameters.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mylayers import _programs
-from mylayers.activations import ACTIVATIONS, NAMES
+from mylayers.activations import ACTIVATIONS
 
 __all__ = ["translation_table"]
 
@@ -67,7 +67,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         if activation not in ACTIVATIONS:
             raise ValueError(
                 "mylayers.onnx: activation must be one of those translated, "
-                f"{NAMES} or None; got {activation!r}"
+                f"{', '.join(ACTIVATIONS)} or None; got {activation!r}"
             )
         known = ACTIVATIONS[activation]
         if dtype == ir.DataType.DOUBLE and known.onnx_float64 is not None:

@@ -24,7 +24,10 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def masks(self) -> list[list[bool]]:
-        return [list(args[-1]) for name, args in self.seen if name == "linear_act_backward"]
+        """Of each backward of a layer: the gradients asked for, of input, weight and bias."""
+        backward = ("linear_act_backward", "sequential_backward")
+        masks = [list(args[-1]) for name, args in self.seen if name in backward]
+        return [mask if len(mask) == 3 else [*mask, False] for mask in masks]
 
 
 def through_a_file(net: nn.Module) -> nn.Module:

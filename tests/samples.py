@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mylayers import reference
+from mylayers import activations, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = (*reference.ACTIVATIONS, None)
+# Those whose derivative is a function of their output, and those of whose input it is.
+OF_OUTPUT = tuple(name for name, one in activations.ACTIVATIONS.items() if not one.reads_input)
+OF_INPUT = tuple(name for name, one in activations.ACTIVATIONS.items() if one.reads_input)
 
 # relu's first derivative jumps at 0, and elu's second.
 KINKED = ("relu", "elu")

@@ -159,7 +159,7 @@ def test_a_negative_size_is_a_value_error_that_names_it():
 @pytest.mark.parametrize(
     ("activation", "error"),
     [
-        ("gelu", ValueError),
+        ("swish", ValueError),
         ("ReLU", ValueError),
         ("", ValueError),
         (1, TypeError),

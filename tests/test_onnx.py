@@ -244,7 +244,7 @@ def test_an_activation_without_translation_is_refused_by_name(
     monkeypatch.delitem(mylayers.onnx.ACTIVATIONS, "elu")
     with pytest.raises(
         torch.onnx.errors.OnnxExporterError,
-        match="one of those translated, relu, tanh, sigmoid or None; got 'elu'",
+        match="one of those translated, relu, tanh, sigmoid, gelu, gelu_tanh or None; got 'elu'",
     ):
         export(Network(), torch.randn(2, IN_UNITS))
 

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "../linear_act.h"
+#include "../sequential.h"
 #include "exits.h"
 
 namespace mylayers {
@@ -69,6 +70,13 @@ at::Tensor linear_act_autograd(
   }
   if (records_gradient(args)) {
     const bool has_bias = bias.has_value() && bias->defined();
+    if (const auto act = parse_activation(activation); reads_input(act)) {
+      // Two steps, the first of which keeps what the second one's backward reads.
+      const auto program =
+          Program::of((has_bias ? "linear+bias; " : "linear; ") + std::string(*activation));
+      return has_bias ? sequential(input, {weight, *bias}, *program)
+                      : sequential(input, weight, *program);
+    }
     return LinearAct::apply(
         input, weight, has_bias ? bias : OptionalTensor(),
         static_cast<int64_t>(parse_activation(activation)), input.requires_grad(),

@@ -1,6 +1,8 @@
 // Activations and their gradients in ATen's own operators.
 #include <ATen/ops/elu.h>
 #include <ATen/ops/elu_backward.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
@@ -24,6 +26,10 @@ at::Tensor activation_formula(const at::Tensor& z, Activation activation) {
       return at::sigmoid(z);
     case Activation::kElu:
       return at::elu(z);
+    case Activation::kGelu:
+      return at::gelu(z);
+    case Activation::kGeluTanh:
+      return at::gelu(z, "tanh");
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -42,6 +48,10 @@ at::Tensor activation_backward_formula(
     case Activation::kElu:
       return at::elu_backward(
           grad_output, /*alpha=*/1, /*scale=*/1, /*input_scale=*/1, /*is_result=*/true, saved);
+    case Activation::kGelu:
+      return at::gelu_backward(grad_output, saved);
+    case Activation::kGeluTanh:
+      return at::gelu_backward(grad_output, saved, "tanh");
   }
   TORCH_INTERNAL_ASSERT(false);
 }

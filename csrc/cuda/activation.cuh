@@ -8,6 +8,10 @@
 
 namespace mylayers::cuda {
 
+// The standard normal distribution's share below z.
+__device__ __forceinline__ float normal_below(float z) { return normcdff(z); }
+__device__ __forceinline__ double normal_below(double z) { return normcdf(z); }
+
 // Every comparison is false for NaN, which so passes on.
 template <Activation kAct, class C>
 __device__ __forceinline__ C activated(C z) {
@@ -19,6 +23,11 @@ __device__ __forceinline__ C activated(C z) {
     return 1 / (1 + std::exp(-z));
   } else if constexpr (kAct == Activation::kElu) {
     return z < 0 ? std::expm1(z) : z;
+  } else if constexpr (kAct == Activation::kGelu) {
+    return z * normal_below(z);
+  } else if constexpr (kAct == Activation::kGeluTanh) {
+    constexpr C kSlope = 1.5957691216057308, kCubic = 0.044715;  // 2 sqrt(2 / pi)
+    return z / (1 + std::exp(-kSlope * z * (1 + kCubic * z * z)));
   } else {
     return z;
   }

@@ -1,5 +1,26 @@
 // Activations, and their derivatives as functions of what csrc/activation.h says.
 
+// PyTorch's formula, rounding where it rounds. Where e^-v overflows the result is 0.
+template <class C>
+INLINE vec<C> sigmoid(vec<C> v) {
+  constexpr C kLargest = ExpConstants<C>::kLargest;
+  vec<C> x = v > 40 ? vec<C>{} - 40 : -v;
+  x = x > kLargest ? splat(kLargest) : x;
+  const Exponential<C> e(x);
+  return 1 / multiply_add<C>(e.power * (1 + e.p), splat<C>(2), splat<C>(1));
+}
+
+// gelu_tanh(v) = v (1 + tanh(u)) / 2 = v sigmoid(2u): 2u, and its derivative.
+constexpr double kGeluSlope = 1.5957691216057308, kGeluCubic = 0.044715;  // 2 sqrt(2 / pi)
+template <class C>
+INLINE vec<C> gelu_argument(vec<C> v) {
+  return v * multiply_add<C>(v * v, splat<C>(kGeluSlope * kGeluCubic), splat<C>(kGeluSlope));
+}
+template <class C>
+INLINE vec<C> gelu_argument_slope(vec<C> v) {
+  return multiply_add<C>(v * v, splat<C>(3 * kGeluSlope * kGeluCubic), splat<C>(kGeluSlope));
+}
+
 template <Activation kActivation, class C>
 INLINE vec<C> activated(vec<C> v) {
   if constexpr (kActivation == Activation::kRelu) {
@@ -10,14 +31,13 @@ INLINE vec<C> activated(vec<C> v) {
     const vec<C> t = expm1_of_negative<C>((vec<C>)((Bits)(v + v) | sign));  // of -2|v|
     return (vec<C>)(((Bits)(t / (2 + t)) & ~sign) | ((Bits)v & sign));
   } else if constexpr (kActivation == Activation::kSigmoid) {
-    // PyTorch's formula, rounding where it rounds. Where e^-x overflows the result is 0.
-    constexpr C kLargest = ExpConstants<C>::kLargest;
-    vec<C> x = v > 40 ? vec<C>{} - 40 : -v;
-    x = x > kLargest ? splat(kLargest) : x;
-    const Exponential<C> e(x);
-    return 1 / multiply_add<C>(e.power * (1 + e.p), splat<C>(2), splat<C>(1));
+    return sigmoid<C>(v);
   } else if constexpr (kActivation == Activation::kElu) {
     return v < 0 ? expm1_of_negative<C>(v) : v;
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return v * Normal<C>(v).below;
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    return v * sigmoid<C>(gelu_argument<C>(v));
   } else {
     return v;
   }
@@ -34,6 +54,13 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
     return g * (1 - y) * y;
   } else if constexpr (kActivation == Activation::kElu) {
     return y > 0 ? g : g * (y + 1);
+  } else if constexpr (kActivation == Activation::kGelu) {
+    const Normal<C> normal(y);
+    const vec<C> density = normal.power * splat<C>(0.3989422804014327);  // 1 / sqrt(2 pi)
+    return g * multiply_add<C>(y, density, normal.below);
+  } else if constexpr (kActivation == Activation::kGeluTanh) {
+    const vec<C> s = sigmoid<C>(gelu_argument<C>(y));
+    return g * multiply_add<C>(y * s * (1 - s), gelu_argument_slope<C>(y), s);
   } else {
     return g;
   }

@@ -51,6 +51,7 @@ namespace {
 #include "vector-inl.h"
 #include "loops-inl.h"
 #include "exp-inl.h"
+#include "normal-inl.h"
 #include "activation-inl.h"
 #include "prefetch-inl.h"
 #include "gemm_microkernel-inl.h"
