@@ -388,6 +388,15 @@ def integer_of(dtype: torch.dtype) -> torch.dtype:
     return {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
+def nans_like(t: Tensor) -> Tensor:
+    """NaNs of many bits and both signs, quiet ones."""
+    bits = torch.full_like(t, torch.nan).view(integer_of(t.dtype)).clone()
+    places = torch.arange(t.numel()).view(t.shape)
+    bits |= (places % 29 + 1).to(bits.dtype) << (1 if t.dtype.itemsize == 2 else t.itemsize * 4)
+    bits[places % 2 == 1] |= torch.iinfo(bits.dtype).min
+    return bits.view(t.dtype)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal shapes, dtypes and bits: tells 0 from -0, and NaN equals itself."""
     if a.shape != b.shape or a.dtype != b.dtype:

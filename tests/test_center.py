@@ -180,6 +180,33 @@ def test_a_row_has_the_same_bits_in_every_batch(length, dtype):
         assert same_bits(functional.center(x[:rows], -1), alone[:rows]), f"{rows} rows"
 
 
+# Which of two NaNs an addition passes on is the compiler's choice in each copy of a loop, so that
+# of a mean it is torch.nan. A value that is NaN itself keeps its bits.
+@every_dtype
+@pytest.mark.parametrize("along", [-1, 0])
+@pytest.mark.parametrize("length", [3, 7, 300, 4097, 70_000])
+def test_nan_has_the_same_bits_in_every_batch(length, along, dtype):
+    others = 130 if length < 4097 else 9
+    x = samples.drawer("NaN", dtype)(others, length)
+    for row in (0, 1, 5, others - 1):
+        x[row, row % 3 :: length // 3] = samples.nans_like(x[row, row % 3 :: length // 3])
+    had_nan = x.isnan()
+
+    def centered(rows: Tensor) -> Tensor:
+        if along == 0:
+            return functional.center(rows.t().contiguous(), 0).t()
+        return functional.center(rows, -1)
+
+    alone = torch.cat([centered(row.repeat(2, 1))[:1] for row in x.split(1)])
+    assert torch.equal(alone.isnan(), had_nan.any(1, keepdim=True).expand_as(alone))
+    of_mean = alone[alone.isnan() & ~had_nan]
+    assert same_bits(of_mean, torch.full_like(of_mean, torch.nan))
+    for rows in (2, 3, 8, others):
+        for threads in (1, 2, 4):
+            with num_threads(threads):
+                assert same_bits(centered(x[:rows]), alone[:rows]), (rows, threads)
+
+
 # Results of 24 MiB, which a processor may be told to write past its caches where rows are whole
 # cache lines.
 @every_dtype

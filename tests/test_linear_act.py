@@ -361,6 +361,44 @@ def test_subnormal_and_nan_results_have_the_same_bits_in_every_batch(activation,
         assert same_bits(output, one_by_one[:rows]), rows
 
 
+# NaNs with signs and bits of their own meet in the sum and at the bias. That both factors of one
+# product are NaN is left out: there a row's bits may depend on its batch.
+@every_dtype
+@any_activation
+@pytest.mark.parametrize("transposed", [False, True], ids=["weight", "weight.T"])
+@pytest.mark.parametrize(("in_units", "units"), [(5, 3), (64, 64), (300, 65), (1024, 140)])
+def test_of_several_nans_the_same_one_is_kept_in_every_batch(
+    in_units, units, transposed, activation, dtype
+):
+    draw = samples.drawer("NaN", dtype)
+    x, weight, bias = draw(MOST_ROWS, in_units), draw(in_units, units), draw(units)
+    grad = draw(MOST_ROWS, units)
+    for t in (x[:, ::2], bias, grad):  # few enough to leave numbers, too
+        places = torch.arange(t.numel()).view(t.shape) % 17 == 5
+        t[places] = samples.nans_like(t)[places]
+    poisoned = weight.clone()
+    poisoned[1] = samples.nans_like(poisoned[1])  # no x is NaN there
+    if transposed:
+        weight, poisoned = (t.t().contiguous().t() for t in (weight, poisoned))
+
+    def results(rows: slice) -> list[Tensor]:
+        batch = x[rows].clone().requires_grad_()
+        output = functional.linear_act(batch, weight, bias, activation)
+        gradient = torch.autograd.grad(output, batch, grad[rows])[0]
+        return [output, gradient, functional.linear_act(x[rows], poisoned, bias, activation)]
+
+    with num_threads(1):
+        alone = [results(slice(i, i + 1)) for i in range(MOST_ROWS)]
+    expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
+    assert not expected[0].isnan().all()
+    for rows in (2, 3, 5, 12, 40, MOST_ROWS):
+        for threads in (1, 2):
+            with num_threads(threads):
+                found = results(slice(rows))
+            for what, a, b in zip(("output", "gradient", "poisoned"), found, expected, strict=True):
+                assert same_bits(a, b[:rows]), (what, rows, threads)
+
+
 # One row and a few stream, more do in some dtypes; a sum of 1101 terms is cut once or often, by the
 # columns.
 @every_dtype

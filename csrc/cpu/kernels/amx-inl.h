@@ -85,7 +85,8 @@ INLINE void end_sums(
     const vec<float> sum = load(row + j);
     const int64_t left = cols - j;
     const int n = left < L ? static_cast<int>(left) : L;
-    return activate_in_tile<float>(bias && n > 0 ? sum + load_n(bias + j, n) : sum, act);
+    const bool adds = bias && n > 0;
+    return activate_in_tile<float>(adds ? add_in_order<float>(sum, load_n(bias + j, n)) : sum, act);
   };
   if (!row_of(act).in_registers) {
     for (int64_t i = 0; i < rows; ++i) {

@@ -11,7 +11,7 @@ void finish(
           cols, BODY {
             vec<C> v = load_n(in + i * in_row + j, n);
             if (bias) {
-              v += load_n(bias + j, n);
+              v = add_in_order<C>(v, load_n(bias + j, n));
             }
             if constexpr (reads_input(kAct)) {
               v = rounded<T>(v);

@@ -69,7 +69,7 @@ void tile(
       const vec<C> add = bias ? get(bias, v) : vec<C>{};
       UNROLL
       for (int i = 0; i < kRows; ++i) {
-        sum[i][v] = activate_in_tile<C>(bias ? sum[i][v] + add : sum[i][v], act);
+        sum[i][v] = activate_in_tile<C>(bias ? add_in_order<C>(sum[i][v], add) : sum[i][v], act);
       }
     }
   }

@@ -113,7 +113,8 @@ void stream_pass(
               sum = multiply_add<C>(splat(x[i * kSteps + s]), row[s], sum);
             }
             if (!kPlain && finish) {
-              sum = activate_in_tile<C>(bias ? sum + load_n(bias + j, n) : sum, act);
+              sum = bias ? add_in_order<C>(sum, load_n(bias + j, n)) : sum;
+              sum = activate_in_tile<C>(sum, act);
             }
             store_n(out, sum, n);
           }

@@ -85,7 +85,7 @@ INLINE void transposed_columns(
   for (int g = 0; g < kGroups; ++g) {
     UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const vec<C> out = bias ? sum[g][i] + load_n(bias + g * L, lanes) : sum[g][i];
+      const vec<C> out = bias ? add_in_order<C>(sum[g][i], load_n(bias + g * L, lanes)) : sum[g][i];
       store_n(c + i * c_row + g * L, activate_in_tile<C>(out, act), lanes);
     }
   }

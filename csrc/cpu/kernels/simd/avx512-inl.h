@@ -20,6 +20,17 @@ INLINE vec<C> multiply_add(vec<C> a, vec<C> b, vec<C> c) {
   }
 }
 
+template <class C>
+INLINE vec<C> add_in_order(vec<C> a, vec<C> b) {
+  vec<C> sum;
+  if constexpr (sizeof(C) == 4) {
+    asm("vaddps %2, %1, %0" : "=v"(sum) : "v"(a), "vm"(b));
+  } else {
+    asm("vaddpd %2, %1, %0" : "=v"(sum) : "v"(a), "vm"(b));
+  }
+  return sum;
+}
+
 template <class V>
 INLINE V in_register(V v) {
   asm("" : "+v"(v));

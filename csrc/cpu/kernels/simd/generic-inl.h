@@ -9,8 +9,22 @@ constexpr bool kCopies = true;
 #include "types-inl.h"
 
 template <class C>
+INLINE vec<C> add_in_order(vec<C> a, vec<C> b) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(C) == 4) {
+    asm("addps %1, %0" : "+x"(a) : "x"(b));
+  } else {
+    asm("addpd %1, %0" : "+x"(a) : "x"(b));
+  }
+  return a;
+#else
+  return a + b;
+#endif
+}
+
+template <class C>
 INLINE vec<C> multiply_add(vec<C> a, vec<C> b, vec<C> c) {
-  return a * b + c;
+  return add_in_order<C>(c, a * b);
 }
 
 template <class V>

@@ -19,6 +19,17 @@ INLINE vec<C> multiply_add(vec<C> a, vec<C> b, vec<C> c) {
   }
 }
 
+template <class C>
+INLINE vec<C> add_in_order(vec<C> a, vec<C> b) {
+  vec<C> sum;
+  if constexpr (sizeof(C) == 4) {
+    asm("fadd %0.4s, %1.4s, %2.4s" : "=w"(sum) : "w"(a), "w"(b));
+  } else {
+    asm("fadd %0.2d, %1.2d, %2.2d" : "=w"(sum) : "w"(a), "w"(b));
+  }
+  return sum;
+}
+
 template <class V>
 INLINE V in_register(V v) {
   asm("" : "+w"(v));

@@ -57,6 +57,12 @@ using Doubles = vec<double>;
 template <class C>
 INLINE vec<C> multiply_add(vec<C> a, vec<C> b, vec<C> c);
 
+// a + b, and a where both are NaN. An instruction passes on the first of two NaNs, and which
+// operand of a + b is first g++ chooses in each copy of a loop: 1 row kept the bits of a bias and 4
+// rows those of the sum.
+template <class C>
+INLINE vec<C> add_in_order(vec<C> a, vec<C> b);
+
 // v, which the compiler must take from a register from here on. g++ 12 made what several
 // multiply-adds share an operand in memory of each: a tile of 4 x 64 then waited for 20 loads where
 // it needs 8, and 16 x 256 x 256 took 1.08 times as long.
