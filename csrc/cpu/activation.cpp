@@ -12,7 +12,7 @@ namespace mylayers::cpu {
 namespace {
 
 // Values per thread below which a second one does not pay.
-constexpr int64_t kGrain = 1 << 15;
+constexpr int64_t kActivationGrain = 1 << 15;
 
 // Of one thread.
 template <class T>
@@ -39,7 +39,7 @@ bool is_dense(const at::Tensor& t) {
 
 template <class T>
 void activate(int64_t count, const T* in, Activation act, T* out) {
-  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, kActivationGrain, [&](int64_t begin, int64_t end) {
     activate_range(end - begin, in + begin, act, out + begin);
   });
 }
@@ -69,7 +69,7 @@ at::Tensor activation_backward(
   with_storage_type(grad.scalar_type(), [&]<class T>(T) {
     const T *g = data<T>(grad), *r = data<T>(read);
     T* const dx = mutable_data<T>(out);
-    at::parallel_for(0, grad.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, grad.numel(), kActivationGrain, [&](int64_t begin, int64_t end) {
       kernels().storage<T>().mask(
           1, end - begin, g + begin, 0, r + begin, act, dx + begin, /*db=*/nullptr);
     });

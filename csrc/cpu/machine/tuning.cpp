@@ -88,14 +88,14 @@ constexpr Tuning kGoldenCoveAmx = [] {
   return row;
 }();
 
-constexpr Tuning kRows[] = {kGeneric, kNeon, kZen3, kZen4, kZen5, kGoldenCove, kGoldenCoveAmx};
+constexpr Tuning kTunings[] = {kGeneric, kNeon, kZen3, kZen4, kZen5, kGoldenCove, kGoldenCoveAmx};
 
 }  // namespace
 
-std::span<const Tuning> tunings() { return kRows; }
+std::span<const Tuning> tunings() { return kTunings; }
 
 const Tuning* find_tuning(std::string_view name) {
-  for (const Tuning& row : kRows) {
+  for (const Tuning& row : kTunings) {
     if (row.name == name) {
       return &row;
     }
