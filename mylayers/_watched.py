@@ -7,12 +7,18 @@ every call.
 """
 
 import itertools
-from types import BuiltinFunctionType, MethodDescriptorType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    GetSetDescriptorType,
+    MethodDescriptorType,
+    ModuleType,
+)
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from torch.nn.modules import activation, dropout, linear, loss
+from torch.optim import adagrad, adam, optimizer, rmsprop, sgd
 
 from mylayers import functional, layers
 from mylayers._extension import _C
@@ -25,12 +31,27 @@ __all__ = ["replaced"]
 _Function = tuple[ModuleType | type, str, object]
 
 _MODULES = (torch, F, functional)
-_DEFINING = tuple(map(vars, (F, torch.functional, torch.autograd, torch._tensor, functional)))
+_OPTIMIZERS = (sgd, adam, rmsprop, adagrad)
+_DEFINING = tuple(
+    map(
+        vars,
+        (
+            F,
+            torch.functional,
+            torch.autograd,
+            torch._tensor,
+            torch.utils._foreach_utils,
+            functional,
+            optimizer,
+            *_OPTIMIZERS,
+        ),
+    )
+)
 
 
 def _is_own(function: object) -> bool:
     """Whether it is PyTorch's or ours, not what somebody put in its place before this import."""
-    if isinstance(function, BuiltinFunctionType | MethodDescriptorType):
+    if isinstance(function, BuiltinFunctionType | MethodDescriptorType | GetSetDescriptorType):
         return True
     if isinstance(function, ModuleType):
         return function in _MODULES
@@ -69,6 +90,44 @@ _IN_TRAINING = _functions(
     (torch.autograd, "backward"),
 )
 
+# Of any step of an optimiser, and of zero_grad.
+_IN_STEPS = _functions(
+    *((module, module.__name__.rpartition(".")[2]) for module in _OPTIMIZERS),
+    *((module, "_single_tensor_" + module.__name__.rpartition(".")[2]) for module in _OPTIMIZERS),
+    *((module, "_default_to_fused_or_foreach") for module in _OPTIMIZERS),
+    *((module, "_get_value") for module in (adam, adagrad)),
+    *((module, "_to_scalar") for module in _OPTIMIZERS),
+    (torch, "maximum"),
+    *(
+        (torch.Tensor, name)
+        for name in (
+            "add",
+            "add_",
+            "mul_",
+            "addcmul",
+            "addcmul_",
+            "addcdiv_",
+            "lerp_",
+            "sqrt",
+            "sqrt_",
+            "zero_",
+            "requires_grad_",
+            "item",
+            "grad",
+            "is_sparse",
+            "__neg__",
+            "__iadd__",
+            "__truediv__",
+            "__hash__",
+        )
+    ),
+)
+_HOOKS_ON_STEPS = tuple(
+    (optimizer, name, getattr(optimizer, name))
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+)
+
+_C.watch_optimizers(_IN_STEPS, _HOOKS_ON_STEPS)
 _C.watch_functions(tuple(itertools.chain(*_CALLED.values())), _IN_TRAINING)
 
 

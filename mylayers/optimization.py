@@ -1,4 +1,4 @@
-"""Fusing a model's networks in place, and back: :func:`optimize` and :func:`restore`."""
+"""Fusing a model's networks and its optimiser in place: :func:`optimize`, :func:`restore`."""
 
 import copyreg
 import importlib
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from torch import nn
+from torch.optim import Optimizer
 
+from mylayers import optimizers
 from mylayers.layers import MyLinear
 from mylayers.sequential import Chain, FusedSequential, Unfused, plan
 from mylayers.stock import Stock
@@ -18,10 +20,10 @@ __all__ = ["Finding", "Report", "optimize", "restore"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one module, or of consecutive children of one.
+    """What became of one module, of consecutive children of one, or of an optimiser.
 
     Attributes:
-        path: the module's name in the model, "" for the model itself.
+        path: the module's name in the model, "" for the model itself; "(the optimizer)".
         layers: the classes it is about, joined by " + ".
         reason: why it was not fused; "" if it was.
     """
@@ -253,8 +255,18 @@ def _optimize(model: nn.Module, changes: _Changes) -> Iterator[Finding]:
 # ---- the functions -----------------------------------------------------------------------------
 
 
-def optimize(model: nn.Module) -> Report:
-    r"""Fuse runs of layers in every ``nn.Sequential`` of a model, in place.
+def _check(name: str, model: nn.Module, optimizer: Optimizer | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be an nn.Module; got {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer | None):
+        raise TypeError(
+            f"{name}: optimizer must be a torch.optim.Optimizer or None; "
+            f"got {type(optimizer).__name__}"
+        )
+
+
+def optimize(model: nn.Module, optimizer: Optimizer | None = None) -> Report:
+    r"""Fuse runs of layers in every ``nn.Sequential`` of a model, and an optimiser, in place.
 
     Each ``nn.Sequential`` at any depth, the model itself included, that holds layers which
     :class:`mylayers.FusedSequential` fuses becomes one, by a change of its class alone: children,
@@ -264,17 +276,29 @@ def optimize(model: nn.Module) -> Report:
     ``nn.Sequential`` does, or will not have its class changed: a row says why. After an exception
     nothing is changed.
 
+    ``step()`` and ``zero_grad()`` of an optimiser run as one call each, to the bits of its default
+    implementation (a NaN is a NaN, whatever its own bits). It must be a ``torch.optim.SGD``,
+    ``Adam``, ``AdamW``, ``RMSprop`` or ``Adagrad`` and no subclass; its class changes to one of
+    ours, derived from that, and its ``state``, ``param_groups``, hooks, schedulers and checkpoints
+    stay what they are. A step is the stock class's own where that does more, or something else:
+    the first of each parameter, with a closure or hooks, other dtypes, devices and layouts than
+    dense float32 and float64 on the CPU, options that are tensors, ``foreach``, ``fused``,
+    ``capturable`` and ``differentiable``, under profilers, modes and compilers. Copies of it, by
+    pickle too, are of the stock class.
+
     Args:
         model: any module.
+        optimizer: one of its parameters, or None.
 
     Returns:
         A report of what was fused, and what was not and why; ``print(report)`` shows a table.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``optimizer`` no ``torch.optim.Optimizer``.
 
     Source:
-        mylayers/optimization.py; what is fused, and when, is :class:`mylayers.FusedSequential`'s.
+        mylayers/optimization.py and optimizers.py; which layers are fused, and when, is
+        :class:`mylayers.FusedSequential`'s.
 
     Example:
         >>> from torch import nn
@@ -286,13 +310,16 @@ def optimize(model: nn.Module) -> Report:
         2            LayerNorm      no: LayerNorm has no fused kernel
         (the model)  Linear         yes
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize: model must be an nn.Module; got {type(model).__name__}")
+    _check("optimize", model, optimizer)
     with _Changes() as changes:
-        return Report(tuple(_optimize(model, changes)))
+        findings = tuple(_optimize(model, changes))
+        if optimizer is not None:
+            name = type(optimizer).__name__
+            findings += (Finding("(the optimizer)", name, optimizers.fuse(optimizer)),)
+        return Report(findings)
 
 
-def restore(model: nn.Module) -> tuple[str, ...]:
+def restore(model: nn.Module, optimizer: Optimizer | None = None) -> tuple[str, ...]:
     r"""Undo :func:`optimize`, in place.
 
     It takes the classes that ``optimize`` gave and no others: where another has been put on one of
@@ -300,12 +327,13 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
     Args:
         model: any module, optimized or not.
+        optimizer: one that was optimized, or not, or None.
 
     Returns:
         The names of the modules that have their own class again, "" being the model.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``optimizer`` no ``torch.optim.Optimizer``.
 
     Source:
         mylayers/optimization.py.
@@ -318,8 +346,9 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         >>> mylayers.restore(model), type(model)
         (('',), <class 'torch.nn.modules.container.Sequential'>)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"restore: model must be an nn.Module; got {type(model).__name__}")
+    _check("restore", model, optimizer)
+    if optimizer is not None:
+        optimizers.restore(optimizer)
     restored = []
     for path, module in list(model.named_modules()):
         original = vars(type(module)).get("_original")

@@ -105,6 +105,28 @@ def entries() -> dict[str, Entry]:
         net[0].weight = nn.Parameter(kept_weight.detach())
         net(x)
 
+    trained = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizers = {
+        cls: cls(trained, lr=1e-6)
+        for cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad)
+    }
+    for optimizer in optimizers.values():
+        mylayers.optimize(nn.ReLU(), optimizer)
+        optimizer.step()
+    sgd = optimizers[torch.optim.SGD]
+
+    def zero_grad() -> None:
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        sgd.zero_grad()
+
+    def step_refused() -> None:
+        handle = sgd.register_step_pre_hook(lambda *_: None)
+        sgd.step()
+        handle.remove()
+
     def optimize() -> None:
         mylayers.optimize(optimized)
         optimized(x)
@@ -138,6 +160,9 @@ def entries() -> dict[str, Entry]:
         "forward_backward, refused": refused(
             lambda: mylayers.forward_backward(net, nn.MSELoss(), bias, target)
         ),
+        **{f"a step of {cls.__name__}": o.step for cls, o in optimizers.items()},
+        "a step with a hook": step_refused,
+        "zero_grad": zero_grad,
         "optimize and restore": optimize,
         "build_info": mylayers.build_info,
     }
@@ -147,6 +172,8 @@ def entries() -> dict[str, Entry]:
 SLOW = {
     "FusedSequential, copied": 20,
     "FusedSequential, pickled": 20,
+    "a step with a hook": 20,
+    "zero_grad": 20,
     "optimize and restore": 20,
 }
 

@@ -3,7 +3,6 @@
 #include "chain.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <pybind11/stl.h>
 
@@ -20,6 +19,7 @@
 #include "entries.h"
 #include "gil.h"
 #include "held.h"
+#include "known.h"
 #include "plans.h"
 #include "watched_functions.h"
 
@@ -30,34 +30,6 @@ namespace {
 
 using plans::Found;
 using plans::Known;
-
-// Outlives the interpreter's own end.
-template <class T>
-Known<T>& known() {
-  static auto& once = *new Known<T>();
-  return once;
-}
-
-// What of it holds for an object as `is_this` sees it; none if nothing does. The caller owns it.
-template <class T, class Is>
-std::shared_ptr<const T> known_of(PyObject* object, const Is& is_this) {
-  // By index and owned: what is_this allocates may run the cycle collector, which runs anything.
-  const auto& states = known<T>().of(object);
-  for (size_t i = 0; i < states.size(); ++i) {
-    std::shared_ptr<const T> state = states[i];
-    if (is_this(*state)) {
-      return state;
-    }
-  }
-  return nullptr;
-}
-
-// What an entry returns that leaves a call to Python; no module can return it.
-PyObject* refused() {
-  static PyObject* const once =
-      PyObject_CallNoArgs(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
-  return once;
-}
 
 // Names and objects looked at on every call.
 struct Names {
@@ -92,11 +64,6 @@ const Names& names() {
   return once;
 }
 
-// Whether something watches calls by their Python name.
-bool is_watched() {
-  return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
-}
-
 // What layers call, what losses and a backward do, and dictionaries of hooks on all modules.
 struct Watched {
   WatchedFunctions by_layers, in_training, hooks;
@@ -116,24 +83,7 @@ void watch_functions(const py::tuple& by_layers, const py::tuple& in_training) {
   std::swap(watched(), made);
 }
 
-// Whether there are hooks on all modules. Who sets them aside puts other dictionaries in the place
-// of PyTorch's, as its own tests do.
-bool has_global_hooks() {
-  const bool replaced = watched().hooks.replaced() != 0;
-  const PyObject* places = names().global_hooks.ptr();
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(places); ++i) {
-    PyObject* place = PyTuple_GET_ITEM(places, i);
-    PyObject* hooks = PyTuple_GET_ITEM(place, 2);
-    if (replaced) {
-      PyObject* module = PyTuple_GET_ITEM(place, 0);
-      hooks = PyDict_GetItemWithError(PyModule_GetDict(module), PyTuple_GET_ITEM(place, 1));
-    }
-    if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) {
-      return true;
-    }
-  }
-  return false;
-}
+bool has_global_hooks() { return has_entries(watched().hooks, names().global_hooks); }
 
 // Which functions that layers call are replaced; 0 if none is, another number for other ones.
 uint64_t replaced_functions() { return watched().by_layers.replaced(); }

@@ -10,6 +10,7 @@
 
 #include "../../activation.h"
 #include "../../export.h"
+#include "../../optimizer_rules.h"
 
 namespace mylayers::cpu {
 
@@ -202,6 +203,29 @@ struct AmxKernels {
       int64_t out_row);
 };
 
+// Updates of `count` elements of a parameter, as ../../optimizers.h has them; pointers to state are
+// null where the rule has none. Two passes where roots are taken in between: the first writes what
+// of, the second reads the roots.
+template <class T>
+struct UpdateKernels {
+  void (*sgd)(int64_t count, const SgdRule& rule, const T* gradient, T* parameter, T* momentum);
+  void (*adam_moments)(
+      int64_t count, const AdamRule& rule, const T* gradient, T* parameter, T* mean, T* square,
+      T* largest, T* squares);
+  void (*adam)(int64_t count, const AdamRule& rule, const T* roots, const T* mean, T* parameter);
+  void (*rmsprop_moments)(
+      int64_t count, const RmspropRule& rule, const T* gradient, const T* parameter, T* square,
+      T* mean, T* squares);
+  void (*rmsprop)(
+      int64_t count, const RmspropRule& rule, const T* roots, const T* gradient, T* parameter,
+      T* momentum);
+  void (*adagrad_sum)(
+      int64_t count, const AdagradRule& rule, const T* gradient, const T* parameter, T* sum,
+      T* squares);
+  void (*adagrad)(
+      int64_t count, const AdagradRule& rule, const T* roots, const T* gradient, T* parameter);
+};
+
 struct Kernels {
   const char* name;
   ProductKernels<float> f32_product;
@@ -212,11 +236,15 @@ struct Kernels {
   StorageKernels<bfloat16_t> bf16;
   PairKernels bf16_pairs;
   AmxKernels amx;
+  UpdateKernels<float> f32_updates;
+  UpdateKernels<double> f64_updates;
 
   template <class C>
   const ProductKernels<C>& product() const;
   template <class T>
   const StorageKernels<T>& storage() const;
+  template <class T>
+  const UpdateKernels<T>& updates() const;
 };
 
 template <>
@@ -242,6 +270,15 @@ inline const StorageKernels<half_t>& Kernels::storage<half_t>() const {
 template <>
 inline const StorageKernels<bfloat16_t>& Kernels::storage<bfloat16_t>() const {
   return bf16;
+}
+
+template <>
+inline const UpdateKernels<float>& Kernels::updates<float>() const {
+  return f32_updates;
+}
+template <>
+inline const UpdateKernels<double>& Kernels::updates<double>() const {
+  return f64_updates;
 }
 
 // The table of machine(), chosen at first use.

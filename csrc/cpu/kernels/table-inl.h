@@ -15,6 +15,10 @@ constexpr StorageKernels<T> kStorage = {
     subtract_columns<T>,
     center_columns<T>};
 
+template <class T>
+constexpr UpdateKernels<T> kUpdates = {sgd<T>,     adam_moments<T>, adam<T>,   rmsprop_moments<T>,
+                                       rmsprop<T>, adagrad_sum<T>,  adagrad<T>};
+
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
     {kTileRows, kTileVectors * kLanes<float>, block<float>, transposed<float>},
@@ -25,4 +29,6 @@ constexpr Kernels kTable = {
     kStorage<bfloat16_t>,
     kPairs,
     kAmx,
+    kUpdates<float>,
+    kUpdates<double>,
 };
