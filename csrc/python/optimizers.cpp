@@ -36,7 +36,7 @@ struct Optimizer {
   mutable std::vector<size_t> order;  // of the memory that its last step touched
 };
 
-struct Names {
+struct OptimizerNames {
 #define NAME(name) PyObject* name = PyUnicode_InternFromString(#name)
   NAME(state);
   NAME(param_groups);
@@ -72,27 +72,27 @@ struct Names {
 };
 
 // Made with the module. Outlives the interpreter's own end.
-const Names& names() {
-  static const Names& once = *new Names();
+const OptimizerNames& optimizer_names() {
+  static const OptimizerNames& once = *new OptimizerNames();
   return once;
 }
 
 // What a step calls, and dictionaries of hooks on all optimisers.
-struct Watched {
+struct WatchedByOptimizers {
   WatchedFunctions functions, hooks;
   py::tuple places_of_hooks;
 };
 
-Watched& watched() {
-  static Watched& once = *new Watched();
+WatchedByOptimizers& watched_by_optimizers() {
+  static WatchedByOptimizers& once = *new WatchedByOptimizers();
   return once;
 }
 
 // Each of `functions` (module or class, name, what is there unless somebody has replaced it), of
 // `hooks` (module, name, dictionary).
 void watch_optimizers(const py::tuple& functions, const py::tuple& hooks) {
-  Watched made{WatchedFunctions(functions), WatchedFunctions(hooks), hooks};
-  std::swap(watched(), made);
+  WatchedByOptimizers made{WatchedFunctions(functions), WatchedFunctions(hooks), hooks};
+  std::swap(watched_by_optimizers(), made);
 }
 
 // ---- what a step reads -------------------------------------------------------------------------
@@ -137,14 +137,16 @@ class Options {
     fits = fits && value != nullptr && is_off(value);
   }
   std::pair<double, double> betas() {
-    PyObject* both = item(group_, names().betas);
+    PyObject* both = item(group_, optimizer_names().betas);
     if (both == nullptr || !PyTuple_CheckExact(both) || PyTuple_GET_SIZE(both) != 2) {
       fits = false;
       return {};
     }
     return {number_of(PyTuple_GET_ITEM(both, 0)), number_of(PyTuple_GET_ITEM(both, 1))};
   }
-  GradientRule gradient() { return {flag(names().maximize), number(names().weight_decay)}; }
+  GradientRule gradient() {
+    return {flag(optimizer_names().maximize), number(optimizer_names().weight_decay)};
+  }
 
   bool fits = true;
 
@@ -197,7 +199,7 @@ class Step {
  public:
   // Whether this is all that the stock classes' step does.
   bool find(const Optimizer& optimizer, PyObject* own) {
-    const Names& n = names();
+    const OptimizerNames& n = optimizer_names();
     PyObject *groups = item(own, n.param_groups), *defaults = item(own, n.defaults);
     states_ = item(own, n.state);
     if (groups == nullptr || !PyList_CheckExact(groups) || states_ == nullptr ||
@@ -238,7 +240,7 @@ class Step {
 
  private:
   bool find_group(Method method, PyObject* group) {
-    const Names& n = names();
+    const OptimizerNames& n = optimizer_names();
     Options options(group);
     options.must_be_off(n.foreach);
     if (method == Method::kAdam || method == Method::kRmsprop) {
@@ -266,7 +268,7 @@ class Step {
   }
 
   bool find_sgd(Options& options, PyObject* parameters) {
-    const Names& n = names();
+    const OptimizerNames& n = optimizer_names();
     const double lr = options.number(n.lr);
     const SgdRule rule = {
         options.gradient(), options.flag(n.nesterov), options.number(n.momentum),
@@ -282,7 +284,7 @@ class Step {
   }
 
   bool find_adam(Options& options, PyObject* parameters) {
-    const Names& n = names();
+    const OptimizerNames& n = optimizer_names();
     const double lr = options.number(n.lr);
     const auto [beta1, beta2] = options.betas();
     AdamRule rule = {};
@@ -321,7 +323,7 @@ class Step {
   }
 
   bool find_rmsprop(Options& options, PyObject* parameters) {
-    const Names& n = names();
+    const OptimizerNames& n = optimizer_names();
     const double lr = options.number(n.lr), alpha = options.number(n.alpha);
     const RmspropRule rule = {options.gradient(),         alpha, 1 - alpha, options.number(n.eps),
                               options.number(n.momentum), -lr};
@@ -339,7 +341,7 @@ class Step {
   }
 
   bool find_adagrad(Options& options, PyObject* parameters) {
-    const Names& n = names();
+    const OptimizerNames& n = optimizer_names();
     const double lr = options.number(n.lr), lr_decay = options.number(n.lr_decay);
     AdagradRule rule = {options.gradient(), options.number(n.eps), 0};
     const std::initializer_list<double> numbers = {rule.gradient.weight_decay, rule.epsilon};
@@ -423,7 +425,7 @@ class Step {
 
   // The number of the step that is to be made, as its tensor will have it; 0 if there is none.
   double next_step(PyObject* state) {
-    const at::Tensor* t = tensor_in(state, names().step);
+    const at::Tensor* t = tensor_in(state, optimizer_names().step);
     if (t == nullptr || !is_dense(*t) || t->dim() != 0 || t->requires_grad()) {
       return 0;
     }
@@ -509,8 +511,8 @@ std::shared_ptr<const Optimizer> known_optimizer(PyObject* optimizer) {
 // Whether something sees what the stock methods do.
 bool is_seen() {
   return is_watched() || c10::impl::dispatch_mode_enabled() || at::hasCallbacks() ||
-         c10::InferenceMode::is_enabled() || watched().functions.replaced() != 0 ||
-         has_entries(watched().hooks, watched().places_of_hooks);
+         c10::InferenceMode::is_enabled() || watched_by_optimizers().functions.replaced() != 0 ||
+         has_entries(watched_by_optimizers().hooks, watched_by_optimizers().places_of_hooks);
 }
 
 // (optimizer): True if its step is made; refused, and nothing done, where the stock class makes it;
@@ -534,7 +536,8 @@ PyObject* optimizer_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // Takes the gradients away, or fills them with zeros; whether it has, all of them.
 bool zero_gradients(PyObject* own, bool to_none) {
-  PyObject *groups = item(own, names().param_groups), *defaults = item(own, names().defaults);
+  PyObject *groups = item(own, optimizer_names().param_groups),
+           *defaults = item(own, optimizer_names().defaults);
   if (groups == nullptr || !PyList_CheckExact(groups) || defaults == nullptr ||
       !PyDict_CheckExact(defaults)) {
     return false;
@@ -542,7 +545,8 @@ bool zero_gradients(PyObject* own, bool to_none) {
   c10::SmallVector<const at::Tensor*, 32> having;  // parameters
   for (const auto i : c10::irange(PyList_GET_SIZE(groups))) {
     PyObject* group = PyList_GET_ITEM(groups, i);
-    PyObject* parameters = PyDict_CheckExact(group) ? item(group, names().params) : nullptr;
+    PyObject* parameters =
+        PyDict_CheckExact(group) ? item(group, optimizer_names().params) : nullptr;
     if (parameters == nullptr || !PyList_CheckExact(parameters)) {
       return false;
     }
@@ -579,7 +583,7 @@ bool zero_gradients(PyObject* own, bool to_none) {
     gradients.push_back(&g);
   }
   const at::NoGradGuard none_is_recorded;
-  if (is_on(names().foreach) || is_on(names().fused) ||
+  if (is_on(optimizer_names().foreach) || is_on(optimizer_names().fused) ||
       (!gradients.empty() && !leads_to_cpu_kernel(gradients))) {
     return false;
   }
@@ -612,7 +616,7 @@ void keep_optimizer(const py::object& optimizer, const py::tuple& kind, int64_t 
 
 size_t known_optimizers() { return known<Optimizer>().size(); }
 
-PyMethodDef kEntries[] = {
+PyMethodDef kOptimizerEntries[] = {
     entry("optimizer_step", optimizer_step, "optimizer_step(optimizer)"),
     entry(
         "optimizer_zero_grad", optimizer_zero_grad, "optimizer_zero_grad(optimizer, set_to_none)"),
@@ -621,8 +625,8 @@ PyMethodDef kEntries[] = {
 }  // namespace
 
 void add_optimizers(py::module_& m) {
-  names();
-  add_entries(m, kEntries);
+  optimizer_names();
+  add_entries(m, kOptimizerEntries);
   m.def("watch_optimizers", watch_optimizers);
   m.def("keep_optimizer", keep_optimizer);
   m.def("known_optimizers", known_optimizers);
