@@ -17,8 +17,14 @@ namespace mylayers {
 // empty list, as torch.mean reads it. IndexError out of range, RuntimeError for a repeat.
 c10::SmallVector<int64_t, 6> center_dims(const at::Tensor& input, at::OptionalIntArrayRef dim);
 
-// Through the dispatcher, or straight to the CPU kernel where that comes to the same.
+using CenterKernel = at::Tensor (*)(const at::Tensor& input, at::OptionalIntArrayRef dim);
+
+// Through the dispatcher, or straight to where it would lead.
 MYLAYERS_API at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim);
+// Through the dispatcher.
+at::Tensor dispatch_center(const at::Tensor& input, at::OptionalIntArrayRef dim);
+// What the kernel computes, below Autograd, in a node of the graph.
+at::Tensor record_center(const at::Tensor& input, at::OptionalIntArrayRef dim, CenterKernel kernel);
 
 // The ATen formula.
 at::Tensor center_formula(const at::Tensor& input, at::OptionalIntArrayRef dim);
@@ -30,7 +36,6 @@ std::optional<CenterSizes> center_sizes(const at::Tensor& input, at::IntArrayRef
 
 // For what that does not cover: the averaged dimensions are brought to the end, in a contiguous
 // copy, and the kernel's result back into output.
-using CenterKernel = at::Tensor (*)(const at::Tensor& input, at::OptionalIntArrayRef dim);
 at::Tensor center_moved(
     const at::Tensor& input, at::IntArrayRef dims, const at::Tensor& output, CenterKernel kernel);
 

@@ -22,8 +22,12 @@ using ActivationName = std::optional<std::string_view>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // input, weight, bias
 using GradientMask = std::array<bool, 3>;
 
+using LinearActKernel = at::Tensor (*)(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    Activation activation);
+
 // An activation by its name; ValueError for any other, or nothing.
-Activation parse_activation(ActivationName name);
+MYLAYERS_API Activation parse_activation(ActivationName name);
 std::optional<Activation> activation_named(std::string_view name);
 ActivationName activation_name(Activation activation);
 std::string activation_names();  // "relu, tanh, ..."
@@ -40,24 +44,37 @@ void check_linear_act_backward(
     const OptionalTensor& output, Activation activation, GradientMask mask,
     bool transposed = false);
 
-// Through the dispatcher, or straight to the CPU kernel where that comes to the same.
+// Through the dispatcher, or straight to where it would lead.
 MYLAYERS_API at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation);
+    Activation activation);
 // The gradients that the mask asks for, the others undefined. Only the weight's gradient
 // reads input, only the input's reads weight, only an activation reads output: each may be
 // none where it is not read.
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask);
+    const OptionalTensor& output, Activation activation, GradientMask mask);
+
+// Through the dispatcher.
+at::Tensor dispatch_linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    Activation activation);
+Gradients dispatch_linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask);
+
+// What the kernel computes, below Autograd, in a node of the graph.
+at::Tensor record_linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    Activation activation, LinearActKernel kernel);
 
 // The ATen formulas: differentiable, right for every device, dtype, layout and transform.
 at::Tensor linear_act_formula(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation);
+    Activation activation);
 Gradients linear_act_backward_formula(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask);
+    const OptionalTensor& output, Activation activation, GradientMask mask);
 
 // The same, the weight and its gradient (units, in_units) if `transposed`.
 Gradients linear_backward_formula(
@@ -73,14 +90,32 @@ at::Tensor activation_backward_formula(
 namespace cpu {
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation);
+    Activation activation);
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask);
+    const OptionalTensor& output, Activation activation, GradientMask mask);
 // The same; with `transposed`, the weight and its gradient are (units, in_units).
 Gradients linear_act_gradients(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
 }  // namespace cpu
+
+// ---- as the dispatcher passes arguments --------------------------------------------------------
+
+// kernel(input, weight, bias, activation), for a forward function above.
+template <auto kernel>
+at::Tensor linear_act_kernel(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    ActivationName activation) {
+  return kernel(input, weight, bias, parse_activation(activation));
+}
+
+// The same for a backward function.
+template <auto kernel>
+Gradients linear_act_backward_kernel(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+  return kernel(grad_output, input, weight, output, parse_activation(activation), mask);
+}
 
 }  // namespace mylayers

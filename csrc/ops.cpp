@@ -7,9 +7,9 @@
 #include <algorithm>
 
 #include "center.h"
+#include "dispatch/questions.h"
 #include "linear_act.h"
 #include "sequential.h"
-#include "shortcut.h"
 
 TORCH_LIBRARY(mylayers, m) {
   m.set_python_module("mylayers");
@@ -229,63 +229,93 @@ auto operator_named(const char* name) {
 
 }  // namespace
 
+at::Tensor dispatch_linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    Activation activation) {
+  static const auto op =
+      operator_named<decltype(linear_act_kernel<linear_act>)>("mylayers::linear_act");
+  return op.call(input, weight, bias, activation_name(activation));
+}
+
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
+    Activation activation) {
   const at::Tensor none;
-  if (leads_to_cpu_kernel({&input, &weight, bias.has_value() ? &*bias : &none})) {
-    return cpu::linear_act(input, weight, bias, activation);
+  switch (shortcut_of({&input, &weight, bias.has_value() ? &*bias : &none})) {
+    case Shortcut::kKernel:
+      return cpu::linear_act(input, weight, bias, activation);
+    case Shortcut::kRecorded:
+      return record_linear_act(input, weight, bias, activation, cpu::linear_act);
+    case Shortcut::kNone:
+      break;
   }
-  static const auto op = operator_named<decltype(linear_act)>("mylayers::linear_act");
-  return op.call(input, weight, bias, activation);
+  return dispatch_linear_act(input, weight, bias, activation);
+}
+
+Gradients dispatch_linear_act_backward(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
+  static const auto op = operator_named<decltype(linear_act_backward_kernel<linear_act_backward>)>(
+      "mylayers::linear_act_backward");
+  return op.call(grad_output, input, weight, output, activation_name(activation), mask);
 }
 
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
   const at::Tensor none;
   const auto given = [&](const OptionalTensor& t) { return t.has_value() ? &*t : &none; };
-  if (leads_to_cpu_kernel({&grad_output, given(input), given(weight), given(output)})) {
-    return cpu::linear_act_backward(grad_output, input, weight, output, activation, mask);
-  }
-  static const auto op =
-      operator_named<decltype(linear_act_backward)>("mylayers::linear_act_backward");
-  return op.call(grad_output, input, weight, output, activation, mask);
+  const bool direct =
+      leads_to_cpu_kernel({&grad_output, given(input), given(weight), given(output)});
+  return (direct ? cpu::linear_act_backward : dispatch_linear_act_backward)(
+      grad_output, input, weight, output, activation, mask);
 }
 
-at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
-  if (leads_to_cpu_kernel({&input})) {
-    return cpu::center(input, dim);
-  }
+at::Tensor dispatch_center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
   static const auto op = operator_named<decltype(center)>("mylayers::center");
   return op.call(input, dim);
 }
 
-at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  if (leads_to_cpu_kernel(arguments(input, {parameters}))) {
-    return cpu::sequential(input, parameters, program);
+at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
+  switch (shortcut_of({&input})) {
+    case Shortcut::kKernel:
+      return cpu::center(input, dim);
+    case Shortcut::kRecorded:
+      return record_center(input, dim, cpu::center);
+    case Shortcut::kNone:
+      break;
   }
+  return dispatch_center(input, dim);
+}
+
+at::Tensor dispatch_sequential(
+    const at::Tensor& input, at::TensorList parameters, const Program& program) {
   static const auto op = operator_named<ForwardKernel>("mylayers::sequential");
   return op.call(input, parameters, program.text);
 }
 
-std::vector<at::Tensor> sequential_outputs(
-    const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  if (leads_to_cpu_kernel(arguments(input, {parameters}))) {
-    return cpu::sequential_outputs(input, parameters, program);
+at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program) {
+  switch (shortcut_of(arguments(input, {parameters}))) {
+    case Shortcut::kKernel:
+      return cpu::sequential(input, parameters, program);
+    case Shortcut::kRecorded:
+      return record_sequential(input, parameters, program, cpu::sequential_outputs).back();
+    case Shortcut::kNone:
+      break;
   }
+  return dispatch_sequential(input, parameters, program);
+}
+
+std::vector<at::Tensor> dispatch_sequential_outputs(
+    const at::Tensor& input, at::TensorList parameters, const Program& program) {
   static const auto op = operator_named<OutputsKernel>("mylayers::sequential_outputs");
   return op.call(input, parameters, program.text);
 }
 
-std::vector<at::Tensor> sequential_backward(
+std::vector<at::Tensor> dispatch_sequential_backward(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
     at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
     const GradientsAskedFor& asked) {
-  if (leads_to_cpu_kernel(arguments(input, {grad_outputs, outputs, parameters}))) {
-    return cpu::sequential_backward(
-        grad_outputs, input, outputs, parameters, flattened, program, asked);
-  }
   static const auto op = operator_named<BackwardKernel>("mylayers::sequential_backward");
   c10::List<bool> mask;
   for (const bool wanted : asked) {
@@ -294,6 +324,15 @@ std::vector<at::Tensor> sequential_backward(
   return op.call(
       optional_tensors(grad_outputs), input.defined() ? std::optional(input) : std::nullopt,
       optional_tensors(outputs), optional_tensors(parameters), flattened, program.text, mask);
+}
+
+std::vector<at::Tensor> sequential_backward(
+    at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked) {
+  const bool direct = leads_to_cpu_kernel(arguments(input, {grad_outputs, outputs, parameters}));
+  return (direct ? cpu::sequential_backward : dispatch_sequential_backward)(
+      grad_outputs, input, outputs, parameters, flattened, program, asked);
 }
 
 }  // namespace mylayers

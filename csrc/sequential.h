@@ -14,11 +14,11 @@
 
 namespace mylayers {
 
-// Through the dispatcher, or straight to the CPU kernel where that comes to the same.
-MYLAYERS_API at::Tensor sequential(
+using SequentialOutputs = std::vector<at::Tensor> (*)(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
-// The output of every step that is no view; the last is the program's.
-std::vector<at::Tensor> sequential_outputs(
+
+// Through the dispatcher, or straight to where it would lead.
+MYLAYERS_API at::Tensor sequential(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
 // The gradients asked for, in order, from those that arrive at the outputs (undefined: none).
 // Tensors that are not read may be undefined.
@@ -26,6 +26,22 @@ std::vector<at::Tensor> sequential_backward(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
     at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
     const GradientsAskedFor& asked);
+
+// Through the dispatcher.
+at::Tensor dispatch_sequential(
+    const at::Tensor& input, at::TensorList parameters, const Program& program);
+// The output of every step that is no view; the last is the program's.
+std::vector<at::Tensor> dispatch_sequential_outputs(
+    const at::Tensor& input, at::TensorList parameters, const Program& program);
+std::vector<at::Tensor> dispatch_sequential_backward(
+    at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
+    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
+    const GradientsAskedFor& asked);
+
+// What the kernel computes, below Autograd, in a node of the graph.
+std::vector<at::Tensor> record_sequential(
+    const at::Tensor& input, at::TensorList parameters, const Program& program,
+    SequentialOutputs kernel);
 
 // The layers one by one, through the dispatcher: differentiable, right for every device, dtype,
 // layout and transform.

@@ -220,7 +220,7 @@ def _keep(layer: MyLinear) -> None:
         and not STOCK_MY_LINEAR.is_shadowed_by(own)
         and type(own.get("_parameters")) is dict
         and own["_parameters"].keys() >= {"weight", "bias"}
-        and (activation is None or type(activation) is str)
+        and (activation is None or (type(activation) is str and activation in ACTIVATIONS))
     )
     _C.keep_layer(layer, (cls, version, entries), is_stock, activation if is_stock else None)
 

@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "../center.h"
-#include "exits.h"
+#include "../dispatch/questions.h"
 
 namespace mylayers {
 namespace {
@@ -17,24 +17,25 @@ struct Center : torch::autograd::Function<Center> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward
 
   static at::Tensor forward(
-      AutogradContext* ctx, const at::Tensor& input, at::OptionalIntArrayRef dim) {
+      AutogradContext* ctx, const at::Tensor& input, at::OptionalIntArrayRef dim,
+      CenterKernel kernel) {
     ctx->set_materialize_grads(false);
     if (dim.has_value()) {
       ctx->saved_data["dim"] = *dim;
     }
     at::AutoDispatchBelowADInplaceOrView below;
-    return center(input, dim);
+    return kernel(input, dim);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) {  // no gradient arrived: none goes on, not zeros
-      return variable_list(2);
+      return variable_list(3);
     }
     const auto dim = ctx->saved_data.find("dim");
     if (dim == ctx->saved_data.end()) {
-      return {center(grads[0], std::nullopt), at::Tensor()};
+      return {center(grads[0], std::nullopt), at::Tensor(), at::Tensor()};
     }
-    return {center(grads[0], dim->second.toIntVector()), at::Tensor()};
+    return {center(grads[0], dim->second.toIntVector()), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -43,13 +44,19 @@ at::Tensor center_autograd(const at::Tensor& input, at::OptionalIntArrayRef dim)
     return center_formula(input, dim);
   }
   if (records_gradient({&input})) {
-    return Center::apply(input, dim);
+    return record_center(input, dim, dispatch_center);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return center(input, dim);
+  return dispatch_center(input, dim);
 }
 
 TORCH_LIBRARY_IMPL(mylayers, Autograd, m) { m.impl("center", center_autograd); }
 
 }  // namespace
+
+at::Tensor record_center(
+    const at::Tensor& input, at::OptionalIntArrayRef dim, CenterKernel kernel) {
+  return Center::apply(input, dim, kernel);
+}
+
 }  // namespace mylayers

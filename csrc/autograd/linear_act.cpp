@@ -8,9 +8,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "../dispatch/questions.h"
 #include "../linear_act.h"
 #include "../sequential.h"
-#include "exits.h"
 
 namespace mylayers {
 namespace {
@@ -23,26 +23,26 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const OptionalTensor& bias, int64_t activation, bool needs_input, bool needs_weight) {
-    const auto act = static_cast<Activation>(activation);
+      const OptionalTensor& bias, Activation activation, LinearActKernel kernel) {
     ctx->set_materialize_grads(false);
     at::Tensor output;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      output = linear_act(input, weight, bias, activation_name(act));
+      output = kernel(input, weight, bias, activation);
     }
     // Each factor of the product is read by the other's gradient alone.
     ctx->save_for_backward(
-        {needs_weight ? input : at::Tensor(), needs_input ? weight : at::Tensor(),
-         act == Activation::kNone ? at::Tensor() : output});
-    ctx->saved_data["activation"] = activation;
+        {weight.requires_grad() ? input : at::Tensor(),
+         input.requires_grad() ? weight : at::Tensor(),
+         activation == Activation::kNone ? at::Tensor() : output});
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["has_bias"] = bias.has_value();
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) {  // no gradient arrived: none goes on, not zeros
-      return variable_list(6);
+      return variable_list(5);
     }
     const auto saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) {
@@ -52,16 +52,16 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
     const GradientMask mask = {
         ctx->needs_input_grad(0), ctx->needs_input_grad(1),
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
-    const auto act = static_cast<Activation>(ctx->saved_data["activation"].toInt());
-    auto [input, weight, bias] = linear_act_backward(
-        grads[0], optional(0), optional(1), optional(2), activation_name(act), mask);
-    return {input, weight, bias, at::Tensor(), at::Tensor(), at::Tensor()};
+    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    auto [input, weight, bias] =
+        linear_act_backward(grads[0], optional(0), optional(1), optional(2), activation, mask);
+    return {input, weight, bias, at::Tensor(), at::Tensor()};
   }
 };
 
 at::Tensor linear_act_autograd(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
+    Activation activation) {
   const at::Tensor none;
   const std::initializer_list<const at::Tensor*> args = {
       &input, &weight, bias.has_value() ? &*bias : &none};
@@ -69,27 +69,16 @@ at::Tensor linear_act_autograd(
     return linear_act_formula(input, weight, bias, activation);
   }
   if (records_gradient(args)) {
-    const bool has_bias = bias.has_value() && bias->defined();
-    if (const auto act = parse_activation(activation); reads_input(act)) {
-      // Two steps, the first of which keeps what the second one's backward reads.
-      const auto program =
-          Program::of((has_bias ? "linear+bias; " : "linear; ") + std::string(*activation));
-      return has_bias ? sequential(input, {weight, *bias}, *program)
-                      : sequential(input, weight, *program);
-    }
-    return LinearAct::apply(
-        input, weight, has_bias ? bias : OptionalTensor(),
-        static_cast<int64_t>(parse_activation(activation)), input.requires_grad(),
-        weight.requires_grad());
+    return record_linear_act(input, weight, bias, activation, dispatch_linear_act);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return linear_act(input, weight, bias, activation);
+  return dispatch_linear_act(input, weight, bias, activation);
 }
 
 // Double backward: as soon as a gradient of the gradient is to be recorded, the formula.
 Gradients linear_act_backward_autograd(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
   const at::Tensor none;
   const std::initializer_list<const at::Tensor*> args = {
       &grad_output, input.has_value() ? &*input : &none, weight.has_value() ? &*weight : &none,
@@ -98,14 +87,14 @@ Gradients linear_act_backward_autograd(
     return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return linear_act_backward(grad_output, input, weight, output, activation, mask);
+  return dispatch_linear_act_backward(grad_output, input, weight, output, activation, mask);
 }
 
 // Under autocast the whole layer computes in the autocast dtype, as F.linear does.
 template <c10::DeviceType kDevice>
 at::Tensor linear_act_autocast(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
+    Activation activation) {
   const c10::impl::ExcludeDispatchKeyGuard once(
       c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)));
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
@@ -116,21 +105,36 @@ at::Tensor linear_act_autocast(
 }
 
 TORCH_LIBRARY_IMPL(mylayers, Autograd, m) {
-  m.impl("linear_act", linear_act_autograd);
-  m.impl("linear_act_backward", linear_act_backward_autograd);
+  m.impl("linear_act", linear_act_kernel<linear_act_autograd>);
+  m.impl("linear_act_backward", linear_act_backward_kernel<linear_act_backward_autograd>);
 }
 TORCH_LIBRARY_IMPL(mylayers, AutocastCPU, m) {
-  m.impl("linear_act", linear_act_autocast<c10::DeviceType::CPU>);
+  m.impl("linear_act", linear_act_kernel<linear_act_autocast<c10::DeviceType::CPU>>);
 }
 TORCH_LIBRARY_IMPL(mylayers, AutocastCUDA, m) {
-  m.impl("linear_act", linear_act_autocast<c10::DeviceType::CUDA>);
+  m.impl("linear_act", linear_act_kernel<linear_act_autocast<c10::DeviceType::CUDA>>);
 }
 TORCH_LIBRARY_IMPL(mylayers, AutocastXPU, m) {
-  m.impl("linear_act", linear_act_autocast<c10::DeviceType::XPU>);
+  m.impl("linear_act", linear_act_kernel<linear_act_autocast<c10::DeviceType::XPU>>);
 }
 TORCH_LIBRARY_IMPL(mylayers, AutocastMPS, m) {
-  m.impl("linear_act", linear_act_autocast<c10::DeviceType::MPS>);
+  m.impl("linear_act", linear_act_kernel<linear_act_autocast<c10::DeviceType::MPS>>);
 }
 
 }  // namespace
+
+at::Tensor record_linear_act(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+    Activation activation, LinearActKernel kernel) {
+  const bool has_bias = bias.has_value() && bias->defined();
+  if (reads_input(activation)) {
+    // Two steps, the first of which keeps what the second one's backward reads.
+    const auto program = Program::of(
+        (has_bias ? "linear+bias; " : "linear; ") + std::string(row_of(activation).name));
+    return has_bias ? sequential(input, {weight, *bias}, *program)
+                    : sequential(input, weight, *program);
+  }
+  return LinearAct::apply(input, weight, has_bias ? bias : OptionalTensor(), activation, kernel);
+}
+
 }  // namespace mylayers

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "../dispatch/questions.h"
 #include "../sequential.h"
-#include "exits.h"
 
 namespace mylayers {
 namespace {
@@ -30,12 +30,12 @@ struct Sequential : torch::autograd::Function<Sequential> {
 
   static variable_list forward(
       AutogradContext* ctx, const at::Tensor& input, const at::TensorList& parameters,
-      const Program& program) {
+      const Program& program, SequentialOutputs kernel) {
     ctx->set_materialize_grads(false);
     variable_list outputs;
     {
       at::AutoDispatchBelowADInplaceOrView below;
-      outputs = sequential_outputs(input, parameters, program);
+      outputs = kernel(input, parameters, program);
     }
     GradientsAskedFor asked = {input.requires_grad()};
     for (const at::Tensor& parameter : parameters) {
@@ -64,7 +64,7 @@ struct Sequential : torch::autograd::Function<Sequential> {
     const auto kept = Program::of(ctx->saved_data["program"].toStringView());
     const Program& program = *kept;
     const size_t tensors = 1 + program.parameters;
-    variable_list gradients(tensors + 1);  // the program, too, was an argument
+    variable_list gradients(tensors + 2);  // the program and the kernel were arguments, too
     // What no gradient reaches gets none, not zeros.
     const GradientsAskedFor reached = reached_from(grads, program);
     if (std::find(reached.begin(), reached.end(), true) == reached.end()) {
@@ -98,23 +98,23 @@ std::vector<at::Tensor> sequential_outputs_autograd(
     return sequential_outputs_formula(input, parameters, program);
   }
   if (records_gradient(args)) {
-    program.check_parameters(parameters);
-    auto outputs = Sequential::apply(input, parameters, program);
-    first_last(outputs);
-    return outputs;
+    return record_sequential(input, parameters, program, dispatch_sequential_outputs);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return sequential_outputs(input, parameters, program);
+  return dispatch_sequential_outputs(input, parameters, program);
 }
 
 at::Tensor sequential_autograd(
     const at::Tensor& input, at::TensorList parameters, const Program& program) {
   const auto args = arguments(input, {parameters});
-  if (takes_formula(args) || records_gradient(args)) {
-    return sequential_outputs_autograd(input, parameters, program).back();
+  if (takes_formula(args)) {
+    return sequential_formula(input, parameters, program);
+  }
+  if (records_gradient(args)) {
+    return record_sequential(input, parameters, program, dispatch_sequential_outputs).back();
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return sequential(input, parameters, program);
+  return dispatch_sequential(input, parameters, program);
 }
 
 // Double backward: as soon as a gradient of the gradient is to be recorded, the formula.
@@ -128,7 +128,8 @@ std::vector<at::Tensor> sequential_backward_autograd(
         grad_outputs, input, outputs, parameters, flattened, program, asked);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return sequential_backward(grad_outputs, input, outputs, parameters, flattened, program, asked);
+  return dispatch_sequential_backward(
+      grad_outputs, input, outputs, parameters, flattened, program, asked);
 }
 
 // Under autocast a line of layers that begins with a linear one computes in the autocast dtype from
@@ -166,4 +167,14 @@ TORCH_LIBRARY_IMPL(mylayers, AutocastMPS, m) {
 }
 
 }  // namespace
+
+std::vector<at::Tensor> record_sequential(
+    const at::Tensor& input, at::TensorList parameters, const Program& program,
+    SequentialOutputs kernel) {
+  program.check_parameters(parameters);
+  auto outputs = Sequential::apply(input, parameters, program, kernel);
+  first_last(outputs);
+  return outputs;
+}
+
 }  // namespace mylayers

@@ -21,7 +21,7 @@
 
 #include <algorithm>
 
-#include "../shortcut.h"
+#include "../dispatch/questions.h"
 #include "../training.h"
 
 namespace mylayers {

@@ -27,17 +27,15 @@ at::Tensor as_matrix(const at::Tensor& t) {
 
 at::Tensor linear_act_meta(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
-  parse_activation(activation);
+    Activation activation) {
   check_linear_act(input, weight, bias);
   return at::empty_symint(output_sizes(input, weight), input.options());
 }
 
 Gradients linear_act_backward_meta(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
-  const auto act = parse_activation(activation);
-  check_linear_act_backward(grad_output, input, weight, output, act, mask);
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
+  check_linear_act_backward(grad_output, input, weight, output, activation, mask);
   const auto fresh = [&](c10::SymIntArrayRef sizes) {
     return at::empty_symint(sizes, grad_output.options());
   };
@@ -61,8 +59,7 @@ Gradients linear_act_backward_meta(
 
 at::Tensor linear_act_formula(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
-  const auto act = parse_activation(activation);
+    Activation activation) {
   // A nested tensor has no sizes to check; ATen checks its parts.
   if (!input.is_nested() && !weight.is_nested()) {
     check_linear_act(input, weight, bias);
@@ -71,16 +68,16 @@ at::Tensor linear_act_formula(
   if (bias.has_value() && bias->defined()) {
     y = y + *bias;
   }
-  return activation_formula(y, act);
+  return activation_formula(y, activation);
 }
 
 Gradients linear_act_backward_formula(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
-  const auto act = parse_activation(activation);
-  check_linear_act_backward(grad_output, input, weight, output, act, mask);
-  const auto dz = act == Activation::kNone ? grad_output
-                                           : activation_backward_formula(grad_output, *output, act);
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
+  check_linear_act_backward(grad_output, input, weight, output, activation, mask);
+  const auto dz = activation == Activation::kNone
+                      ? grad_output
+                      : activation_backward_formula(grad_output, *output, activation);
   Gradients gradients;
   if (mask[0]) {
     std::get<0>(gradients) = at::matmul(dz, weight->t().conj());
@@ -95,22 +92,26 @@ Gradients linear_act_backward_formula(
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CompositeExplicitAutograd, m) {
-  m.impl("linear_act", linear_act_formula);
-  m.impl("linear_act_backward", linear_act_backward_formula);
+  m.impl("linear_act", linear_act_kernel<linear_act_formula>);
+  m.impl("linear_act_backward", linear_act_backward_kernel<linear_act_backward_formula>);
 }
 
 // Not among the backends of the key above.
-TORCH_LIBRARY_IMPL(mylayers, NestedTensorCPU, m) { m.impl("linear_act", linear_act_formula); }
-TORCH_LIBRARY_IMPL(mylayers, NestedTensorCUDA, m) { m.impl("linear_act", linear_act_formula); }
+TORCH_LIBRARY_IMPL(mylayers, NestedTensorCPU, m) {
+  m.impl("linear_act", linear_act_kernel<linear_act_formula>);
+}
+TORCH_LIBRARY_IMPL(mylayers, NestedTensorCUDA, m) {
+  m.impl("linear_act", linear_act_kernel<linear_act_formula>);
+}
 
 TORCH_LIBRARY_IMPL(mylayers, FuncTorchBatched, m) {
-  m.impl("linear_act", linear_act_formula);
-  m.impl("linear_act_backward", linear_act_backward_formula);
+  m.impl("linear_act", linear_act_kernel<linear_act_formula>);
+  m.impl("linear_act_backward", linear_act_backward_kernel<linear_act_backward_formula>);
 }
 
 TORCH_LIBRARY_IMPL(mylayers, Meta, m) {
-  m.impl("linear_act", linear_act_meta);
-  m.impl("linear_act_backward", linear_act_backward_meta);
+  m.impl("linear_act", linear_act_kernel<linear_act_meta>);
+  m.impl("linear_act_backward", linear_act_backward_kernel<linear_act_backward_meta>);
 }
 
 }  // namespace mylayers

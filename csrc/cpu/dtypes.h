@@ -5,7 +5,7 @@
 #include <ATen/ops/empty_native.h>
 #include <ATen/ops/empty_strided_native.h>
 
-#include "../has_kernel.h"
+#include "../dispatch/questions.h"
 #include "huge_pages.h"
 #include "kernels/kernels.h"
 

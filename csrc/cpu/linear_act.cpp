@@ -24,8 +24,7 @@ constexpr int64_t kMaskGrain = 1 << 15;
 
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
-  const auto act = parse_activation(activation);
+    Activation activation) {
   check_linear_act(input, weight, bias);
   if (!has_kernel(input)) {
     return linear_act_formula(input, weight, bias, activation);
@@ -40,7 +39,7 @@ at::Tensor linear_act(
   with_storage_type(input.scalar_type(), [&]<class T>(T) {
     gemm<T>(
         x.count, weight.size(1), x.cols, x.matrix<T>(), matrix<T>(weight),
-        has_bias ? data<T>(*b) : nullptr, act, mutable_data<T>(output));
+        has_bias ? data<T>(*b) : nullptr, activation, mutable_data<T>(output));
   });
   return output;
 }
@@ -148,18 +147,17 @@ Gradients linear_act_gradients(
 
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
   if (!has_kernel(grad_output)) {
     return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
   }
   return linear_act_gradients(
-      grad_output, input, weight, output, parse_activation(activation), mask,
-      /*transposed=*/false);
+      grad_output, input, weight, output, activation, mask, /*transposed=*/false);
 }
 
 TORCH_LIBRARY_IMPL(mylayers, CPU, m) {
-  m.impl("linear_act", linear_act);
-  m.impl("linear_act_backward", linear_act_backward);
+  m.impl("linear_act", linear_act_kernel<linear_act>);
+  m.impl("linear_act_backward", linear_act_backward_kernel<linear_act_backward>);
 }
 
 }  // namespace cpu

@@ -7,7 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../has_kernel.h"
+#include "../dispatch/questions.h"
 #include "kernels.h"
 
 namespace mylayers::cuda {

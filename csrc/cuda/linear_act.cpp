@@ -11,7 +11,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../has_kernel.h"
+#include "../dispatch/questions.h"
 #include "gemm.h"
 #include "kernels.h"
 
@@ -46,8 +46,7 @@ at::ScalarType sum_dtype(at::ScalarType dtype) {
 
 at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    ActivationName activation) {
-  const auto act = parse_activation(activation);
+    Activation activation) {
   check_linear_act(input, weight, bias);
   if (!has_kernel(input)) {
     return linear_act_formula(input, weight, bias, activation);
@@ -58,8 +57,8 @@ at::Tensor linear_act(
   sizes.back() = weight.size(1);
   const at::Tensor output = at::empty(sizes, input.options());
   const at::Tensor y = as_rows(output);
-  if (act == Activation::kNone || act == Activation::kRelu) {
-    gemm(x, weight, b, act == Activation::kRelu, y);
+  if (activation == Activation::kNone || activation == Activation::kRelu) {
+    gemm(x, weight, b, activation == Activation::kRelu, y);
     return output;
   }
   const auto dtype = sum_dtype(input.scalar_type());
@@ -70,7 +69,7 @@ at::Tensor linear_act(
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "linear_act_cuda", [&] {
         bias_act(
-            y.size(0), y.size(1), data<acc_t<scalar_t>>(z), data<scalar_t>(bias_values), act,
+            y.size(0), y.size(1), data<acc_t<scalar_t>>(z), data<scalar_t>(bias_values), activation,
             mutable_data<scalar_t>(y), c10::cuda::getCurrentCUDAStream());
       });
   return output;
@@ -98,15 +97,14 @@ void mask_rows(
 
 Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, ActivationName activation, GradientMask mask) {
-  const auto act = parse_activation(activation);
-  check_linear_act_backward(grad_output, input, weight, output, act, mask);
+    const OptionalTensor& output, Activation activation, GradientMask mask) {
+  check_linear_act_backward(grad_output, input, weight, output, activation, mask);
   if (!has_kernel(grad_output)) {
     return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
   }
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const auto fresh = [&](at::IntArrayRef sizes) { return at::empty(sizes, grad_output.options()); };
-  const bool masks = act != Activation::kNone;
+  const bool masks = activation != Activation::kNone;
   at::Tensor dy = as_rows(grad_output), dx, dw, db;
   const int64_t units = dy.size(1);
   if (mask[2]) {
@@ -117,7 +115,7 @@ Gradients linear_act_backward(
     if (dy.stride(1) != 1) {
       dy = dy.contiguous();
     }
-    mask_rows(dy, masks ? as_rows(*output).contiguous() : at::Tensor(), act, dz, db);
+    mask_rows(dy, masks ? as_rows(*output).contiguous() : at::Tensor(), activation, dz, db);
   }
   const at::Tensor& g = dz.defined() ? dz : dy;
   if (mask[0]) {
@@ -137,8 +135,8 @@ Gradients linear_act_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mylayers, CUDA, m) {
-  m.impl("linear_act", linear_act);
-  m.impl("linear_act_backward", linear_act_backward);
+  m.impl("linear_act", linear_act_kernel<linear_act>);
+  m.impl("linear_act_backward", linear_act_backward_kernel<linear_act_backward>);
 }
 
 }  // namespace mylayers::cuda

@@ -417,8 +417,8 @@ PyObject* run_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 void keep_layer(
     const py::object& layer, const py::tuple& kind, bool is_stock,
-    std::optional<std::string> activation) {
-  known<plans::Layer>().keep(layer, {plans::kind_of(kind), is_stock, std::move(activation)});
+    const std::optional<std::string>& activation) {
+  known<plans::Layer>().keep(layer, {plans::kind_of(kind), is_stock, parse_activation(activation)});
 }
 
 // ---- training ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@
 
 namespace mylayers::python {
 
-PyObject* run_linear_act(Held& tensors, bool has_bias, ActivationName activation) {
+PyObject* run_linear_act(Held& tensors, bool has_bias, Activation activation) {
   const at::Tensor &x = tensors[0], &w = tensors[1];
   const auto at_most = [&](int64_t work) {
     return w.size(1) <= work && x.numel() * w.size(1) <= work;
@@ -42,8 +42,7 @@ PyObject* linear_act(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (args[2] != Py_None) {
     tensors.take(tensor_argument(op, "bias", args[2]));
   }
-  ActivationName act;
-  const py::object owner_of_its_text = borrowed(args[3]);
+  ActivationName name;
   if (args[3] != Py_None) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_Check(args[3]) ? PyUnicode_AsUTF8AndSize(args[3], &size) : nullptr;
@@ -52,9 +51,9 @@ PyObject* linear_act(PyObject*, PyObject* const* args, Py_ssize_t count) {
       TORCH_CHECK_TYPE(
           false, op, ": activation must be a str or None; got ", Py_TYPE(args[3])->tp_name);
     }
-    act = std::string_view(text, static_cast<size_t>(size));
+    name = std::string_view(text, static_cast<size_t>(size));
   }
-  return run_linear_act(tensors, args[2] != Py_None, act);
+  return run_linear_act(tensors, args[2] != Py_None, parse_activation(name));
   END_HANDLE_TH_ERRORS
 }
 

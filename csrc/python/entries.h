@@ -9,7 +9,7 @@
 namespace mylayers::python {
 
 // act(x @ w + b) of input, weight and, if it has one, bias.
-PyObject* run_linear_act(Held& tensors, bool has_bias, ActivationName activation);
+PyObject* run_linear_act(Held& tensors, bool has_bias, Activation activation);
 
 // linear_act, center
 void add_operators(pybind11::module_& m);

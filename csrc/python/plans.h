@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -329,7 +328,7 @@ struct Plan {
 struct Layer {
   Kind kind;
   bool is_stock;  // all else looks its parameters up as ever
-  std::optional<std::string> activation;
+  Activation activation;
 };
 
 struct Loss {

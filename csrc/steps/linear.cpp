@@ -15,7 +15,7 @@ at::Tensor LinearStep::forward(
     at::TensorList inputs, at::TensorList parameters, const StepFunctions&) const {
   return linear_act(
       inputs[0], transposed ? parameters[0].t() : parameters[0],
-      has_bias ? OptionalTensor(parameters[1]) : std::nullopt, activation_name(activation));
+      has_bias ? OptionalTensor(parameters[1]) : std::nullopt, activation);
 }
 
 // Each factor of the product is read by the other's gradient alone.
@@ -40,7 +40,7 @@ Gradients linear_backward_formula(
     const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed) {
   auto gradients = linear_act_backward(
       grad_output, input, transposed && weight.has_value() ? weight->t() : weight, output,
-      activation_name(activation), mask);
+      activation, mask);
   auto& weight_gradient = std::get<1>(gradients);
   if (transposed && weight_gradient.defined()) {
     weight_gradient = weight_gradient.t().contiguous();
