@@ -135,8 +135,12 @@ class Build(BuildExtension):
         if ext is operators:
             alone = [source for source in ext.sources if Path(source).parent.name in ALONE]
             others = [source for source in ext.sources if source not in alone]
+            joined = [
+                self._joined("operators", others),
+                self._joined("bindings", bindings.sources),
+            ]
             *ext.extra_objects, binding = self.compiler.compile(
-                [*alone, self._joined("operators", others), self._joined("bindings", bindings.sources)],
+                [*alone, *joined],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
                 extra_postargs=ext.extra_compile_args,

@@ -17,8 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "../dispatch/questions.h"
 #include "../optimizers.h"
-#include "../shortcut.h"
 #include "arguments.h"
 #include "gil.h"
 #include "held.h"

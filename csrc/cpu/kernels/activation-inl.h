@@ -43,6 +43,12 @@ INLINE vec<C> activated(vec<C> v) {
   }
 }
 
+// g * d, and d where it is NaN: of two NaNs the compiler chooses, anew in each copy of a loop.
+template <class C>
+INLINE vec<C> times_derivative(vec<C> g, vec<C> d) {
+  return d != d ? d : g * d;
+}
+
 // act'(z) * g as a function of y, which is act(z) or z, for its NaN and zeros as PyTorch has it.
 template <Activation kActivation, class C>
 INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
@@ -57,10 +63,10 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
   } else if constexpr (kActivation == Activation::kGelu) {
     const Normal<C> normal(y);
     const vec<C> density = normal.power * splat<C>(0.3989422804014327);  // 1 / sqrt(2 pi)
-    return g * multiply_add<C>(y, density, normal.below);
+    return times_derivative<C>(g, multiply_add<C>(y, density, normal.below));
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const vec<C> s = sigmoid<C>(gelu_argument<C>(y));
-    return g * multiply_add<C>(y * s * (1 - s), gelu_argument_slope<C>(y), s);
+    return times_derivative<C>(g, multiply_add<C>(y * s * (1 - s), gelu_argument_slope<C>(y), s));
   } else {
     return g;
   }
