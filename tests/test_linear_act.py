@@ -373,7 +373,7 @@ def test_of_several_nans_the_same_one_is_kept_in_every_batch(
     draw = samples.drawer("NaN", dtype)
     x, weight, bias = draw(MOST_ROWS, in_units), draw(in_units, units), draw(units)
     grad = draw(MOST_ROWS, units)
-    for t in (x[:, ::2], bias, grad):  # few enough to leave numbers, too
+    for t in (x[::3, ::2], bias, grad[1::4]):  # few enough to leave numbers, too
         places = torch.arange(t.numel()).view(t.shape) % 17 == 5
         t[places] = samples.nans_like(t)[places]
     poisoned = weight.clone()
