@@ -32,7 +32,14 @@ from torch.overrides import TorchFunctionMode
 
 from mylayers import CenteredLayer, FusedSequential, MyLinear, forward_backward, optimize
 
-ACTIVATION_MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "elu": nn.ELU}
+ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
 CRITERIA: dict[str, Callable[..., Tensor]] = {
     **{
         f"{cls.__name__}-{reduction}": cls(reduction=reduction)
@@ -359,7 +366,7 @@ def parametrized(network: nn.Module, x: Tensor, target: Tensor) -> Any:
 
 
 def not_one_chain(_: nn.Module, x: Tensor, target: Tensor) -> Any:
-    net = FusedSequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+    net = FusedSequential(nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 3))
     net(x)
     return net, F.mse_loss, x, target
 

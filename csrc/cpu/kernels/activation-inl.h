@@ -37,16 +37,19 @@ INLINE vec<C> activated(vec<C> v) {
   } else if constexpr (kActivation == Activation::kGelu) {
     return v * Normal<C>(v).below;
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    return v * sigmoid<C>(gelu_argument<C>(v));
+    // Of two NaNs, as below.
+    return v != v ? v : v * sigmoid<C>(gelu_argument<C>(v));
   } else {
     return v;
   }
 }
 
-// g * d, and d where it is NaN: of two NaNs the compiler chooses, anew in each copy of a loop.
+// g * d for a derivative d at y, and y or d where that is NaN: of two NaNs the compiler chooses,
+// anew in each copy of a loop.
 template <class C>
-INLINE vec<C> times_derivative(vec<C> g, vec<C> d) {
-  return d != d ? d : g * d;
+INLINE vec<C> times_derivative(vec<C> g, vec<C> y, vec<C> d) {
+  const vec<C> product = d != d ? d : g * d;
+  return y != y ? y : product;
 }
 
 // act'(z) * g as a function of y, which is act(z) or z, for its NaN and zeros as PyTorch has it.
@@ -63,10 +66,11 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
   } else if constexpr (kActivation == Activation::kGelu) {
     const Normal<C> normal(y);
     const vec<C> density = normal.power * splat<C>(0.3989422804014327);  // 1 / sqrt(2 pi)
-    return times_derivative<C>(g, multiply_add<C>(y, density, normal.below));
+    return times_derivative<C>(g, y, multiply_add<C>(y, density, normal.below));
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const vec<C> s = sigmoid<C>(gelu_argument<C>(y));
-    return times_derivative<C>(g, multiply_add<C>(y * s * (1 - s), gelu_argument_slope<C>(y), s));
+    return times_derivative<C>(
+        g, y, multiply_add<C>(y * s * (1 - s), gelu_argument_slope<C>(y), s));
   } else {
     return g;
   }
