@@ -94,8 +94,7 @@ class Candidate:
         transposed: positions of the matrices that it wants transposed. They are laid out so
             beforehand, outside the timing, and their gradients are turned back.
         yardstick: whether it computes something else, which is only there to compare with.
-        learn: given such a call and a target, computes the loss of a step of training and its
-            gradients.
+        learn: given such a call, a target and an optimiser, makes a step of training.
         restless: whether it brings threads of its own, which spin after a step.
         rows: the only number of rows that it is there for; None for any.
     """

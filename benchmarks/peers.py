@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 from benchmarks.timing import sample, wait_for_sleep, warm_up
-from mylayers import forward_backward
+from mylayers import training_step
 
 Call = Callable[[], Tensor]
 Build = Callable[..., Call]
-Learn = Callable[[Call, Tensor], object]  # loss and gradients of a call's result and a target
+# A step of training, by the loss of a call's result and a target.
+Learn = Callable[[Call, Tensor, torch.optim.Optimizer], object]
 Bound = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # what is called, and with what
 Bind = Callable[..., Bound]
 _OnnxLayer = tuple[Tensor, Tensor, str | None]  # weight (in_units, units), bias, activation
@@ -60,14 +61,18 @@ def eager(bind: Bind) -> Build:
 _SQUARES = nn.MSELoss(reduction="sum")
 
 
-def by_autograd(call: Call, target: Tensor) -> None:
-    """Loss and gradients as every network is trained."""
+def by_autograd(call: Call, target: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step as every network is trained."""
+    optimizer.zero_grad()
     F.mse_loss(call(), target, reduction="sum").backward()
+    optimizer.step()
 
 
-def in_one_call(call: functools.partial[Tensor], target: Tensor) -> None:
-    """Loss and gradients of an eager call of a module, by ``mylayers.forward_backward``."""
-    forward_backward(call.func, _SQUARES, *call.args, target)  # type: ignore[arg-type]
+def in_one_call(
+    call: functools.partial[Tensor], target: Tensor, optimizer: torch.optim.Optimizer
+) -> None:
+    """A step of an eager call of a module, by ``mylayers.training_step``."""
+    training_step(call.func, _SQUARES, optimizer, *call.args, target)  # type: ignore[arg-type]
 
 
 def compiled(bind: Bind, *, freezing: bool = False, **settings: Any) -> Build:

@@ -75,9 +75,9 @@ def backward_step(
 
 
 def training_step(
-    learn: Callable[[], object], parameters: Sequence[Tensor]
+    learn: Callable[[torch.optim.Optimizer], object], parameters: Sequence[Tensor]
 ) -> Callable[[], list[Tensor | None]]:
-    """What gives the parameters their gradients, then SGD; gives these gradients.
+    """A whole step of training with SGD; gives the gradients, and takes them as above.
 
     SGD's rate is 0, which costs as much as another: it leaves the parameters, which the candidates
     share, as they are.
@@ -85,10 +85,10 @@ def training_step(
     optimizer = torch.optim.SGD(parameters, lr=0.0)
 
     def step() -> list[Tensor | None]:
-        learn()
-        optimizer.step()
+        learn(optimizer)
         found = [parameter.grad for parameter in parameters]
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         return found
 
     return step

@@ -1,6 +1,8 @@
 // A step of training up to the gradients, of a chain and a loss, without a graph.
 #pragma once
 
+#include <c10/util/FunctionRef.h>
+
 #include "sequential.h"
 
 namespace mylayers {
@@ -20,5 +22,15 @@ struct Criterion {
 MYLAYERS_API at::Tensor forward_backward(
     const at::Tensor& input, at::TensorList parameters, const Program& program,
     const Criterion& criterion, const at::Tensor& target);
+
+namespace cpu {
+// Whether the program is nothing but linear layers, on a matrix, and over in microseconds.
+bool is_small_chain(const at::Tensor& input, at::TensorList parameters, const Program& program);
+// Of such a one the gradients asked for, in order, from the output's, which `gradient_of` gives;
+// none where it gives none. Only the output and the gradients are tensors.
+std::vector<at::Tensor> small_chain_gradients(
+    const at::Tensor& input, at::TensorList parameters, const Program& program,
+    const GradientsAskedFor& asked, c10::function_ref<at::Tensor(const at::Tensor&)> gradient_of);
+}  // namespace cpu
 
 }  // namespace mylayers

@@ -37,7 +37,7 @@ from mylayers._extension import build_info, cmake_prefix_path
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
 from mylayers.optimization import Report, optimize, restore
 from mylayers.sequential import FusedSequential
-from mylayers.training import forward_backward
+from mylayers.training import forward_backward, training_step
 
 __all__ = [
     "CenteredLayer",
@@ -53,6 +53,7 @@ __all__ = [
     "optimize",
     "reference",
     "restore",
+    "training_step",
 ]
 __version__ = "0.1.0"
 

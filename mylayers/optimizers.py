@@ -19,7 +19,7 @@ from mylayers import stock
 from mylayers._extension import _C
 from mylayers.stock import Must
 
-__all__ = ["fuse", "restore"]
+__all__ = ["fuse", "keep", "restore", "step", "takes", "zero_grad"]
 
 
 class _Method(IntEnum):
@@ -92,13 +92,13 @@ def _difference(cls: type[Optimizer]) -> str:
 _judged: dict[int, str] = {}
 
 
-def _judge(cls: type[Optimizer]) -> tuple[int, str]:
-    """The version of one of our classes, and the difference of the stock class below it."""
+def _judge(cls: type[Optimizer], original: type[Optimizer]) -> tuple[int, str]:
+    """The version of a stock class or ours, and the difference of the stock class."""
     version = _C.class_version(cls)
     if version not in _judged or not version:
         if len(_judged) >= 1024:
             _judged.clear()
-        _judged[version] = _difference(_ORIGINALS[cls])
+        _judged[version] = _difference(original)
     return version, _judged[version]
 
 
@@ -113,13 +113,13 @@ def _shadow(cls: type[Optimizer], own: dict[str, Any]) -> str:
     return ""
 
 
-def _keep(optimizer: Optimizer) -> bool:
+def keep(optimizer: Optimizer) -> bool:
     """Let the extension know what the optimiser is; whether it is one whose step it makes."""
     cls = type(optimizer)
-    original = _ORIGINALS.get(cls)
-    if original is None:
+    original = _ORIGINALS.get(cls, cls)
+    if original not in _METHODS:
         return False
-    version, difference = _judge(cls)
+    version, difference = _judge(cls, original)
     own = dict(vars(optimizer))
     if not version or difference or _shadow(original, own):
         return False
@@ -135,9 +135,45 @@ def _keep(optimizer: Optimizer) -> bool:
 def _is_done(entry: Callable[..., object], optimizer: Optimizer, *arguments: object) -> bool:
     """Whether the extension has done what the entry does."""
     done = entry(optimizer, *arguments)
-    if done is None and _keep(optimizer):
+    if done is None and keep(optimizer):
         done = entry(optimizer, *arguments)
     return done is True
+
+
+# ---- the optimiser of a training step, which may be of a stock class ---------------------------
+
+
+def takes(optimizer: Optimizer) -> bool:
+    """Whether its methods are its class's, or a scheduler's around that; asked before each call."""
+    own = vars(optimizer)
+    if _is_compiling() or "zero_grad" in own or ("step" in own and _cell(own["step"]) is None):
+        return False
+    if _HAS_ACCELERATOR and isinstance(optimizer, Adam | RMSprop):
+        optimizer._accelerator_graph_capture_health_check()
+    return True
+
+
+def note(optimizer: Optimizer) -> None:
+    """What a scheduler's function notes of a step."""
+    if "step" in vars(optimizer):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def zero_grad(optimizer: Optimizer) -> None:
+    """Its ``zero_grad()``, in one call if that can be."""
+    if not takes(optimizer) or not _is_done(_C.optimizer_zero_grad, optimizer, True):
+        optimizer.zero_grad()
+
+
+def step(optimizer: Optimizer) -> None:
+    """Its ``step()``, in one call if that can be."""
+    if takes(optimizer) and _is_done(_C.optimizer_step, optimizer):
+        note(optimizer)
+    else:
+        optimizer.step()
+
+
+# ---- classes -----------------------------------------------------------------------------------
 
 
 def _class_for(original: type[Optimizer]) -> type[Optimizer]:
@@ -189,24 +225,30 @@ _OPTIMIZED: dict[type[Optimizer], type[Optimizer]] = {
     RMSprop: OptimizedRMSprop,
     Adagrad: OptimizedAdagrad,
 }
+_STEPS = frozenset(cls.step for pair in _OPTIMIZED.items() for cls in pair)
 _ORIGINALS.update({ours: original for original, ours in _OPTIMIZED.items()})
 
 
-def _redirect(optimizer: Optimizer, cls: type[Optimizer]) -> bool:
-    """Let the step that a scheduler has wrapped be a class's; whether that can be done.
+def _cell(wrapper: Any) -> Any:
+    """Where the function that a scheduler has put in the place of a step keeps the step.
 
-    A scheduler puts a function into the instance, which notes the call and calls the step that
-    the class had then.
+    It notes the call and calls the step that the class had when it was made. None for any other
+    function, and where the step is not one of these classes'.
     """
+    names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
+    if not getattr(wrapper, "_wrapped_by_lr_sched", False) or "func" not in names:
+        return None
+    cell = wrapper.__closure__[names.index("func")]
+    return cell if cell.cell_contents in _STEPS else None
+
+
+def _redirect(optimizer: Optimizer, cls: type[Optimizer]) -> bool:
+    """Let the step that a scheduler has wrapped be a class's; whether that can be done."""
     wrapper: Any = vars(optimizer).get("step")
     if wrapper is None:
         return True
-    names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
-    if not getattr(wrapper, "_wrapped_by_lr_sched", False) or "func" not in names:
-        return False
-    cell = wrapper.__closure__[names.index("func")]
-    known = [k.step for pair in _OPTIMIZED.items() for k in pair]
-    if cell.cell_contents not in known:
+    cell = _cell(wrapper)
+    if cell is None:
         return False
     cell.cell_contents = wrapper.__wrapped__ = cls.step
     return True

@@ -1,4 +1,4 @@
-"""``forward_backward``: the forward, loss and backward of a training step in one call."""
+"""A step of training in one call: ``forward_backward`` and the whole, ``training_step``."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
+from torch.optim import Optimizer
 
-from mylayers import stock
+from mylayers import optimizers, stock
 from mylayers._extension import _C
 from mylayers.sequential import FusedSequential
 from mylayers.stock import Stock
 
-__all__ = ["forward_backward"]
+__all__ = ["forward_backward", "training_step"]
 
 
 class _Kind(IntEnum):
@@ -168,3 +169,91 @@ def forward_backward(
     loss = criterion(network(input), target)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def training_step(
+    network: nn.Module,
+    criterion: Callable[..., Tensor],
+    optimizer: Optimizer,
+    input: Tensor,
+    target: Tensor,
+    *,
+    max_norm: float | None = None,
+) -> Tensor:
+    """A whole step of training: gradients, and the optimiser's update of the parameters.
+
+    It does what these lines do, for any network, criterion and optimiser::
+
+        optimizer.zero_grad()
+        loss = criterion(network(input), target)
+        loss.backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        optimizer.step()
+        return loss.detach()
+
+    Where :func:`forward_backward` makes no graph and :func:`optimize` would take the optimiser,
+    one call computes all, to the same bits; the optimiser need not have been optimized. It leaves
+    parameters, their ``grad``, and the optimiser's ``state`` as those lines do and keeps nothing
+    else, so that one may go from one to the other at any step.
+
+    Args:
+        network: gives the output.
+        criterion: called with output and target, gives a scalar.
+        optimizer: of the network's parameters, some of them, or others.
+        input: the network's.
+        target: what the criterion compares the output with.
+        max_norm: the gradients' largest norm; None: no limit.
+
+    Returns:
+        the loss, a scalar without history.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``, or ``max_norm`` no number.
+        RuntimeError: what network, criterion, backward and step raise.
+
+    Source:
+        csrc/autograd/training.cpp, csrc/cpu/optimizers.cpp.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mylayers import FusedSequential, training_step
+        >>> net = FusedSequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        >>> x, y = torch.rand(16, 4), torch.rand(16, 1)
+        >>> losses = [training_step(net, nn.MSELoss(), optimizer, x, y) for _ in range(50)]
+        >>> bool(losses[-1] < losses[0])
+        True
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "training_step: optimizer must be a torch.optim.Optimizer; "
+            f"got {type(optimizer).__name__}"
+        )
+    if not isinstance(max_norm, float | int | None):
+        raise TypeError(
+            f"training_step: max_norm must be a number or None; got {type(max_norm).__name__}"
+        )
+    if (
+        max_norm is None
+        and not _is_compiling()
+        and isinstance(network, FusedSequential)
+        and not _is_captured()
+        and optimizers.takes(optimizer)
+    ):
+        done = _C.training_step(network, criterion, optimizer, input, target)
+        if done is None and _keep(criterion) and optimizers.keep(optimizer):
+            done = _C.training_step(network, criterion, optimizer, input, target)
+        if type(done) is Tensor:
+            optimizers.note(optimizer)
+            return done
+        if type(done) is tuple:
+            optimizer.step()
+            return done[0]  # type: ignore[no-any-return]
+    optimizers.zero_grad(optimizer)
+    loss = forward_backward(network, criterion, input, target)
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+    optimizers.step(optimizer)
+    return loss

@@ -116,6 +116,8 @@ def entries() -> dict[str, Entry]:
         mylayers.optimize(nn.ReLU(), optimizer)
         optimizer.step()
     sgd = optimizers[torch.optim.SGD]
+    of_net = torch.optim.Adam(net.parameters(), lr=1e-6)
+    criterion = nn.MSELoss()
 
     def zero_grad() -> None:
         for p in trained:
@@ -159,6 +161,10 @@ def entries() -> dict[str, Entry]:
         "forward_backward": lambda: mylayers.forward_backward(net, nn.MSELoss(), x, target),
         "forward_backward, refused": refused(
             lambda: mylayers.forward_backward(net, nn.MSELoss(), bias, target)
+        ),
+        "training_step": lambda: mylayers.training_step(net, criterion, of_net, x, target),
+        "training_step, refused": refused(
+            lambda: mylayers.training_step(net, criterion, of_net, bias, target)
         ),
         **{f"a step of {cls.__name__}": o.step for cls, o in optimizers.items()},
         "a step with a hook": step_refused,

@@ -8,6 +8,7 @@
 
 #include "dtypes.h"
 #include "gemm.h"
+#include "linear_gradients.h"
 #include "matrices.h"
 #include "scratch.h"
 
@@ -49,10 +50,10 @@ namespace {
 // dz (rows, cols) contiguous = dy * act'(y), and db = its column sums, in one pass; either may
 // be null. Row chunks are of fixed size and their sums are added in order.
 template <class T>
-void mask_and_sum(const Rows& dy, const T* y, Activation act, T* dz, T* db) {
+void mask_and_sum(
+    int64_t rows, int64_t cols, Matrix<T> dy, const T* y, Activation act, T* dz, T* db) {
   using C = acc_t<T>;
-  const int64_t cols = dy.cols;
-  const int64_t chunks = (dy.count + kRowChunk - 1) / kRowChunk;
+  const int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
   const Scratch<C> partial(db ? chunks * cols : 0, C{});
   const auto& storage = kernels().storage<T>();
   const int64_t grain = std::max<int64_t>(1, kMaskGrain / (kRowChunk * std::max<int64_t>(cols, 1)));
@@ -60,9 +61,8 @@ void mask_and_sum(const Rows& dy, const T* y, Activation act, T* dz, T* db) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = s * kRowChunk;
       storage.mask(
-          std::min(kRowChunk, dy.count - i), cols, dy.matrix<T>().at(i, 0).data, dy.row,
-          y ? y + i * cols : nullptr, act, dz ? dz + i * cols : nullptr,
-          db ? partial.get() + s * cols : nullptr);
+          std::min(kRowChunk, rows - i), cols, dy.at(i, 0).data, dy.row, y ? y + i * cols : nullptr,
+          act, dz ? dz + i * cols : nullptr, db ? partial.get() + s * cols : nullptr);
     }
   });
   if (db) {
@@ -77,6 +77,31 @@ void mask_and_sum(const Rows& dy, const T* y, Activation act, T* dz, T* db) {
 }
 
 }  // namespace
+
+template <class T>
+void linear_gradients(const LinearGradients<T>& of) {
+  const auto [rows, in_units, units] = std::tuple(of.rows, of.in_units, of.units);
+  const bool masks = of.activation != Activation::kNone;
+  const bool keeps_dz = masks && (of.dx || of.dw);
+  const Scratch<T> dz(keeps_dz ? rows * units : 0);
+  if (keeps_dz || of.db) {
+    mask_and_sum<T>(
+        rows, units, of.dy, masks ? of.y : nullptr, of.activation, keeps_dz ? dz.get() : nullptr,
+        of.db);
+  }
+  const Matrix<T> g = keeps_dz ? Matrix<T>{dz.get(), units, 1} : of.dy;
+  if (of.dx) {
+    gemm<T>(rows, in_units, units, g, of.weight.transposed(), nullptr, Activation::kNone, of.dx);
+  }
+  if (of.dw && of.transposed) {  // the same products, added in the same order
+    gemm_long<T>(units, in_units, rows, g.transposed(), of.x, of.dw);
+  } else if (of.dw) {
+    gemm_long<T>(in_units, units, rows, of.x.transposed(), g, of.dw);
+  }
+}
+
+template void linear_gradients<float>(const LinearGradients<float>&);
+template void linear_gradients<double>(const LinearGradients<double>&);
 
 Gradients linear_act_gradients(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
@@ -119,28 +144,23 @@ Gradients linear_act_gradients(
     if (mask[2]) {
       db = empty_like_of(grad_output, {units});
     }
-    const bool keeps_dz = masks && (mask[0] || mask[1]);
-    const Scratch<T> dz(keeps_dz ? rows * units : 0);
-    if (keeps_dz || mask[2]) {
-      mask_and_sum<T>(
-          dy, masks ? data<T>(*y) : nullptr, act, keeps_dz ? dz.get() : nullptr,
-          mask[2] ? mutable_data<T>(db) : nullptr);
-    }
-    const Matrix<T> g = keeps_dz ? Matrix<T>{dz.get(), units, 1} : dy.matrix<T>();
+    LinearGradients<T> of = {rows, 0, units, dy.matrix<T>(), masks ? data<T>(*y) : nullptr, act};
+    of.transposed = transposed;
+    of.db = mask[2] ? mutable_data<T>(db) : nullptr;
     if (mask[0]) {
+      of.in_units = dx.size(-1);
       const Matrix<T> w = matrix<T>(*weight);
-      gemm<T>(
-          rows, dx.size(-1), units, g, transposed ? w : w.transposed(), nullptr, Activation::kNone,
-          mutable_data<T>(dx));
+      of.weight = transposed ? w.transposed() : w;
+      of.dx = mutable_data<T>(dx);
     }
+    std::optional<Rows> x;
     if (mask[1]) {
-      const Rows x(*input);
-      if (transposed) {  // the same products, added in the same order
-        gemm_long<T>(units, x.cols, rows, g.transposed(), x.matrix<T>(), mutable_data<T>(dw));
-      } else {
-        gemm_long<T>(x.cols, units, rows, x.matrix<T>().transposed(), g, mutable_data<T>(dw));
-      }
+      x.emplace(*input);
+      of.in_units = x->cols;
+      of.x = x->matrix<T>();
+      of.dw = mutable_data<T>(dw);
     }
+    linear_gradients<T>(of);
   });
   return {dx, dw, db};
 }

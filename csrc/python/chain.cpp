@@ -20,6 +20,7 @@
 #include "gil.h"
 #include "held.h"
 #include "known.h"
+#include "optimizers.h"
 #include "plans.h"
 #include "watched_functions.h"
 
@@ -429,34 +430,71 @@ Criterion criterion_of(const py::tuple& given) {
       given[2].cast<double>(), given[3].cast<int64_t>()};
 }
 
+// The loss, its gradients added to the parameters'; none, and nothing done, where a graph is
+// needed.
+py::object loss_and_gradients(
+    PyObject* network, const plans::Loss& loss, PyObject* input, PyObject* target) {
+  Found found;
+  Held tensors;
+  const auto plan = plan_of_call(network, input, found, tensors);
+  if (plan == nullptr || !plan->is_one_chain() || tensors.is_empty() ||
+      watched().in_training.replaced() != 0 || !THPVariable_CheckExact(target)) {
+    return py::none();
+  }
+  const Program& program = *plan->parts[0].program;
+  const bool keeps_gil = is_short(tensors, program);
+  const at::Tensor wanted = THPVariable_Unpack(target);
+  if (!keeps_gil) {
+    tensors.own();
+  }
+  return owned(wrapped(keeps_gil, [&] {
+    return mylayers::forward_backward(tensors[0], tensors.from(1), program, loss.criterion, wanted);
+  }));
+}
+
+// What is known of a loss, as it is.
+std::shared_ptr<const plans::Loss> known_loss(PyObject* criterion) {
+  Found found;
+  return known_of<plans::Loss>(criterion, [&](const plans::Loss& state) {
+    found = {};
+    return fits(state.kind, criterion, found);
+  });
+}
+
 // (a FusedSequential, a loss, input, target): the loss, its gradients added to the parameters';
 // refused, and nothing done, where a graph is needed; None where nothing is known of the loss.
 PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("forward_backward", count, 4);
-  Found found;
-  const auto loss = known_of<plans::Loss>(
-      args[1], [&](const plans::Loss& state) { return fits(state.kind, args[1], found); });
+  const auto loss = known_loss(args[1]);
   if (loss == nullptr) {
     return Py_NewRef(Py_None);
   }
-  Held tensors;
-  const auto plan = plan_of_call(args[0], args[2], found, tensors);
-  if (plan == nullptr || !plan->is_one_chain() || tensors.is_empty() ||
-      watched().in_training.replaced() != 0 || !THPVariable_CheckExact(args[3])) {
+  auto value = loss_and_gradients(args[0], *loss, args[2], args[3]);
+  return value.is_none() ? Py_NewRef(refused()) : value.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// (a FusedSequential, a loss, optimizer, input, target): the loss, after zero_grad,
+// forward_backward and the optimiser's step; in a tuple if the step remains to be made; refused
+// where all does, and the gradients may be gone; None where nothing is known of the loss or the
+// optimiser.
+PyObject* training_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("training_step", count, 5);
+  const auto loss = known_loss(args[1]);
+  const auto zeroed = loss == nullptr ? Answer::kUnknown : optimizer_zero_grad(args[2], true);
+  if (zeroed != Answer::kDone) {
+    return Py_NewRef(zeroed == Answer::kUnknown ? Py_None : refused());
+  }
+  auto value = loss_and_gradients(args[0], *loss, args[3], args[4]);
+  if (value.is_none()) {
     return Py_NewRef(refused());
   }
-  const Program& program = *plan->parts[0].program;
-  const bool keeps_gil = is_short(tensors, program);
-  const at::Tensor target = THPVariable_Unpack(args[3]);
-  if (!keeps_gil) {
-    tensors.own();
+  if (optimizer_step(args[2]) != Answer::kDone) {
+    return py::make_tuple(std::move(value)).release().ptr();
   }
-  const auto value = owned(wrapped(keeps_gil, [&] {
-    return mylayers::forward_backward(
-        tensors[0], tensors.from(1), program, loss->criterion, target);
-  }));
-  return value.is_none() ? Py_NewRef(refused()) : value.inc_ref().ptr();
+  return value.release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -479,6 +517,7 @@ PyMethodDef kEntries[] = {
     entry("run_network", run_network, "run_network(network, input)"),
     entry("run_layer", run_layer, "run_layer(layer, input)"),
     entry("forward_backward", forward_backward, "forward_backward(network, loss, input, target)"),
+    entry("training_step", training_step, "training_step(network, loss, optimizer, input, target)"),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -182,7 +182,7 @@ const at::Tensor* tensor_in(PyObject* dictionary, PyObject* name) {
   return found != nullptr && THPVariable_CheckExact(found) ? &THPVariable_Unpack(found) : nullptr;
 }
 
-// By its address, which is what torch.Tensor's __hash__ tells Python.
+// By its address, which is what torch.Tensor's __hash__ tells; to call that would run Python code.
 PyObject* state_of(PyObject* states, PyObject* parameter) {
   PyObject* found = _PyDict_GetItem_KnownHash(
       states, parameter, static_cast<Py_hash_t>(reinterpret_cast<intptr_t>(parameter)));
@@ -515,25 +515,6 @@ bool is_seen() {
          has_entries(watched_by_optimizers().hooks, watched_by_optimizers().places_of_hooks);
 }
 
-// (optimizer): True if its step is made; refused, and nothing done, where the stock class makes it;
-// None where nothing is known of the optimiser.
-PyObject* optimizer_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  check_count("optimizer_step", count, 1);
-  const auto optimizer = known_optimizer(args[0]);
-  if (optimizer == nullptr) {
-    return Py_NewRef(Py_None);
-  }
-  const auto own = owned(PyObject_GenericGetDict(args[0], nullptr));
-  Step step;
-  if (is_seen() || !step.find(*optimizer, own.ptr())) {
-    return Py_NewRef(refused());
-  }
-  step.run();
-  return Py_NewRef(Py_True);
-  END_HANDLE_TH_ERRORS
-}
-
 // Takes the gradients away, or fills them with zeros; whether it has, all of them.
 bool zero_gradients(PyObject* own, bool to_none) {
   PyObject *groups = item(own, optimizer_names().param_groups),
@@ -594,19 +575,28 @@ bool zero_gradients(PyObject* own, bool to_none) {
   return true;
 }
 
-// (optimizer, set_to_none): as optimizer_step, its zero_grad.
-PyObject* optimizer_zero_grad(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* told(Answer answer) {
+  return Py_NewRef(
+      answer == Answer::kUnknown   ? Py_None
+      : answer == Answer::kRefused ? refused()
+                                   : Py_True);
+}
+
+// (optimizer): True if its step is made; refused, and nothing done, where the stock class makes it;
+// None where nothing is known of the optimiser.
+PyObject* step_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("optimizer_step", count, 1);
+  return told(optimizer_step(args[0]));
+  END_HANDLE_TH_ERRORS
+}
+
+// (optimizer, set_to_none): the same of its zero_grad.
+PyObject* zero_grad_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("optimizer_zero_grad", count, 2);
-  const auto optimizer = known_optimizer(args[0]);
-  if (optimizer == nullptr) {
-    return Py_NewRef(Py_None);
-  }
-  const auto own = owned(PyObject_GenericGetDict(args[0], nullptr));
-  if (is_seen() || !PyBool_Check(args[1]) || !zero_gradients(own.ptr(), args[1] == Py_True)) {
-    return Py_NewRef(refused());
-  }
-  return Py_NewRef(Py_True);
+  return told(
+      PyBool_Check(args[1]) ? optimizer_zero_grad(args[0], args[1] == Py_True) : Answer::kRefused);
   END_HANDLE_TH_ERRORS
 }
 
@@ -617,12 +607,33 @@ void keep_optimizer(const py::object& optimizer, const py::tuple& kind, int64_t 
 size_t known_optimizers() { return known<Optimizer>().size(); }
 
 PyMethodDef kOptimizerEntries[] = {
-    entry("optimizer_step", optimizer_step, "optimizer_step(optimizer)"),
-    entry(
-        "optimizer_zero_grad", optimizer_zero_grad, "optimizer_zero_grad(optimizer, set_to_none)"),
+    entry("optimizer_step", step_entry, "optimizer_step(optimizer)"),
+    entry("optimizer_zero_grad", zero_grad_entry, "optimizer_zero_grad(optimizer, set_to_none)"),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+Answer optimizer_step(PyObject* optimizer) {
+  const auto state = known_optimizer(optimizer);
+  if (state == nullptr) {
+    return Answer::kUnknown;
+  }
+  const auto own = owned(PyObject_GenericGetDict(optimizer, nullptr));
+  Step step;
+  if (is_seen() || !step.find(*state, own.ptr())) {
+    return Answer::kRefused;
+  }
+  step.run();
+  return Answer::kDone;
+}
+
+Answer optimizer_zero_grad(PyObject* optimizer, bool set_to_none) {
+  if (known_optimizer(optimizer) == nullptr) {
+    return Answer::kUnknown;
+  }
+  const auto own = owned(PyObject_GenericGetDict(optimizer, nullptr));
+  return !is_seen() && zero_gradients(own.ptr(), set_to_none) ? Answer::kDone : Answer::kRefused;
+}
 
 void add_optimizers(py::module_& m) {
   optimizer_names();
