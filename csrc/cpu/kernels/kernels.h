@@ -153,9 +153,9 @@ struct PairKernels {
   // For AVX512-BF16, null below the level of AVX-512: sums (m, cols <= kPanel), in rows of kPanel,
   // = c0 + a @ b, a (m, 2 * pairs) with unit column stride, b a panel of pack_pairs, c0 = sums if
   // `accumulate` else 0. If out is not null, act(sums + bias), rounded once, is written there
-  // instead, for an act that it applies in registers. Every sum is one chain over the pairs in rising order,
-  // so its bits depend on neither m, cols nor how the pairs are cut into calls. `first_panel`: a is
-  // read for the first time, maybe from memory.
+  // instead, for an act that it applies in registers. Every sum is one chain over the pairs in
+  // rising order, so its bits depend on neither m, cols nor how the pairs are cut into calls.
+  // `first_panel`: a is read for the first time, maybe from memory.
   void (*block)(
       int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row, bool first_panel,
       const bfloat16_t* b, float* sums, bool accumulate, const bfloat16_t* bias, Activation act,
