@@ -234,7 +234,7 @@ def forgets_its_mean(options: dict[str, Any], dtype: torch.dtype) -> bool:
     return bool(torch.tensor(1 - beta, dtype=dtype) == 1)
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(drawn=SETS, maximize=st.booleans(), double=st.booleans())
 def test_any_options(drawn, maximize, double):
     cls, options = drawn

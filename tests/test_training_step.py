@@ -412,6 +412,8 @@ def test_bad_arguments():
     assert all(p.grad is None for p in network.parameters())
 
 
+# Dynamo reads .grad of a tensor that is no leaf, and would hand on its own warning as an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_as_a_whole():
     ours, theirs = runs("Adam")
     compiled = torch.compile(
@@ -430,6 +432,6 @@ def test_memory_is_flat_over_many_steps():
     x, target = batch(0)
     criterion = nn.MSELoss()
     assert (
-        growth(lambda: training_step(run.network, criterion, run.optimizer, x, target), 50_000)
+        growth(lambda: training_step(run.network, criterion, run.optimizer, x, target), 20_000)
         <= ALLOWED
     )
