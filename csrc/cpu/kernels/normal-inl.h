@@ -1,7 +1,8 @@
 // The standard normal distribution in vectors.
 
 // P(X < -a) = e^(-a^2 / 2) t q(2t - 1) for a >= 0 and t = 4 / (4 + a), with q interpolated at
-// Chebyshev's points: as exact, relative to its size, far below the mean as near it.
+// Chebyshev's points (docs/lab/2026-11-gelu.md): as exact, relative to its size, far below the mean
+// as near it.
 template <class C>
 struct NormalConstants;
 template <>
