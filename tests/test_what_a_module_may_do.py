@@ -536,6 +536,15 @@ def _no_global_hooks() -> Iterator[None]:
     global_hooks._global_forward_hooks.clear()
 
 
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    """So that another order of the same sums is no difference: some gradients nearly cancel."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 def observed(case: Case, kind: str) -> str:
     """Checks a case, and says what came of it where it was optimized."""
     rows: tuple[Any, ...] = ()
