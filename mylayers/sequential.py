@@ -469,11 +469,11 @@ class FusedSequential(nn.Sequential):
 
     It takes what ``nn.Sequential`` takes and is one in all but speed: children, names, indices,
     ``state_dict``. Runs of :class:`mylayers.MyLinear`, ``nn.Linear``, ``nn.ReLU``, ``nn.Tanh``,
-    ``nn.Sigmoid``, ``nn.ELU`` (alpha 1), :class:`mylayers.CenteredLayer`, ``nn.Identity``,
-    ``nn.Flatten`` and, in eval mode, ``nn.Dropout`` are fused, forward and backward, without
-    copying or keeping anything of them: parameters are read on every call. A child of another
-    type, with hooks, with a parametrised weight, or of a subclass with its own ``forward`` runs
-    by itself.
+    ``nn.Sigmoid``, ``nn.ELU`` (alpha 1), ``nn.GELU``, :class:`mylayers.CenteredLayer`,
+    ``nn.Identity``, ``nn.Flatten`` and, in eval mode, ``nn.Dropout`` are fused, forward and
+    backward, without copying or keeping anything of them: parameters are read on every call. A
+    child of another type, with hooks, with a parametrised weight, or of a subclass with its own
+    ``forward`` runs by itself.
 
     Args:
         *args: the children, or one ordered dictionary of them.

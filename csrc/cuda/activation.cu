@@ -5,6 +5,12 @@
 namespace mylayers::cuda {
 namespace {
 
+// Of z rounded to T, where that is what backward reads (csrc/activation.h).
+template <Activation kAct, class T, class C>
+__device__ __forceinline__ C activated_as_kept(C z) {
+  return activated<kAct>(reads_input(kAct) ? static_cast<C>(static_cast<T>(z)) : z);
+}
+
 // y = act(z + bias). A thread keeps its columns' bias and walks down the rows. z may be y: each
 // element is read before it is written, by the same thread.
 template <class T, class Z, int N, Activation kAct>
@@ -32,7 +38,7 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           const C v = static_cast<C>(in.at[n]);
-          out.at[n] = static_cast<T>(activated<kAct>(bias ? v + b[n] : v));
+          out.at[n] = static_cast<T>(activated_as_kept<kAct, T>(bias ? v + b[n] : v));
         }
       } else {  // N values of Z take two vectors or more
         constexpr int kPart = N < kLanes<Z> ? N : kLanes<Z>;
@@ -42,7 +48,8 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
           for (int n = 0; n < kPart; ++n) {
             const C v = static_cast<C>(in.at[n]);
-            out.at[part + n] = static_cast<T>(activated<kAct>(bias ? v + b[part + n] : v));
+            out.at[part + n] =
+                static_cast<T>(activated_as_kept<kAct, T>(bias ? v + b[part + n] : v));
           }
         }
       }
