@@ -55,9 +55,12 @@ _REFUSED = _C.REFUSED
 _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 
 
-def _prepared(cls: Callable[..., Optimizer]) -> frozenset[str]:
-    """What an instance has. Making the first one lets the class wrap its step."""
-    return frozenset(vars(cls([torch.zeros(0)])))
+def _prepared(cls: type[Optimizer]) -> frozenset[str]:
+    """What an instance has. The class wraps its step, as for the first instance of all."""
+    cls.__new__(cls)._patch_step_function()
+    # The stock class's own imports Dynamo, which takes a second.
+    probe = type("Probe", (cls,), {"add_param_group": lambda *_: None})
+    return frozenset(vars(probe([torch.zeros(0)])))
 
 
 _STATE = {cls: _prepared(cls) for cls in _METHODS}

@@ -128,6 +128,13 @@ at::Tensor record_linear_act(
     Activation activation, LinearActKernel kernel) {
   const bool has_bias = bias.has_value() && bias->defined();
   if (reads_input(activation)) {
+    const auto is_subclass = [](const at::Tensor& t) {
+      return t.key_set().has(c10::DispatchKey::Python);
+    };
+    if (is_subclass(input) || is_subclass(weight) || (has_bias && is_subclass(*bias))) {
+      // Operators that a subclass knows: DTensor has rules for these, none for programs.
+      return activation_formula(linear_act(input, weight, bias, Activation::kNone), activation);
+    }
     // Two steps, the first of which keeps what the second one's backward reads.
     const auto program = Program::of(
         (has_bias ? "linear+bias; " : "linear; ") + std::string(row_of(activation).name));
