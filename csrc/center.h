@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "center_sizes.h"
+#include "dispatch/questions.h"
 #include "export.h"
 
 namespace mylayers {
@@ -21,6 +22,8 @@ using CenterKernel = at::Tensor (*)(const at::Tensor& input, at::OptionalIntArra
 
 // Through the dispatcher, or straight to where it would lead.
 MYLAYERS_API at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim);
+MYLAYERS_API at::Tensor center_by(
+    Shortcut shortcut, const at::Tensor& input, at::OptionalIntArrayRef dim);
 // Through the dispatcher.
 at::Tensor dispatch_center(const at::Tensor& input, at::OptionalIntArrayRef dim);
 // What the kernel computes, below Autograd, in a node of the graph.

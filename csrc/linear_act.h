@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "activation.h"
+#include "dispatch/questions.h"
 #include "export.h"
 
 namespace mylayers {
@@ -48,6 +49,9 @@ void check_linear_act_backward(
 MYLAYERS_API at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     Activation activation);
+MYLAYERS_API at::Tensor linear_act_by(
+    Shortcut shortcut, const at::Tensor& input, const at::Tensor& weight,
+    const OptionalTensor& bias, Activation activation);
 // The gradients that the mask asks for, the others undefined. Only the weight's gradient
 // reads input, only the input's reads weight, only an activation reads output: each may be
 // none where it is not read.

@@ -241,7 +241,14 @@ at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     Activation activation) {
   const at::Tensor none;
-  switch (shortcut_of({&input, &weight, bias.has_value() ? &*bias : &none})) {
+  const auto shortcut = shortcut_of({&input, &weight, bias.has_value() ? &*bias : &none});
+  return linear_act_by(shortcut, input, weight, bias, activation);
+}
+
+at::Tensor linear_act_by(
+    Shortcut shortcut, const at::Tensor& input, const at::Tensor& weight,
+    const OptionalTensor& bias, Activation activation) {
+  switch (shortcut) {
     case Shortcut::kKernel:
       return cpu::linear_act(input, weight, bias, activation);
     case Shortcut::kRecorded:
@@ -277,7 +284,11 @@ at::Tensor dispatch_center(const at::Tensor& input, at::OptionalIntArrayRef dim)
 }
 
 at::Tensor center(const at::Tensor& input, at::OptionalIntArrayRef dim) {
-  switch (shortcut_of({&input})) {
+  return center_by(shortcut_of({&input}), input, dim);
+}
+
+at::Tensor center_by(Shortcut shortcut, const at::Tensor& input, at::OptionalIntArrayRef dim) {
+  switch (shortcut) {
     case Shortcut::kKernel:
       return cpu::center(input, dim);
     case Shortcut::kRecorded:
@@ -295,7 +306,12 @@ at::Tensor dispatch_sequential(
 }
 
 at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  switch (shortcut_of(arguments(input, {parameters}))) {
+  return sequential_by(shortcut_of(arguments(input, {parameters})), input, parameters, program);
+}
+
+at::Tensor sequential_by(
+    Shortcut shortcut, const at::Tensor& input, at::TensorList parameters, const Program& program) {
+  switch (shortcut) {
     case Shortcut::kKernel:
       return cpu::sequential(input, parameters, program);
     case Shortcut::kRecorded:

@@ -20,6 +20,8 @@ using SequentialOutputs = std::vector<at::Tensor> (*)(
 // Through the dispatcher, or straight to where it would lead.
 MYLAYERS_API at::Tensor sequential(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
+MYLAYERS_API at::Tensor sequential_by(
+    Shortcut shortcut, const at::Tensor& input, at::TensorList parameters, const Program& program);
 // The gradients asked for, in order, from those that arrive at the outputs (undefined: none).
 // Tensors that are not read may be undefined.
 std::vector<at::Tensor> sequential_backward(

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import itertools
 import mmap
 import os
 import re
@@ -22,6 +23,8 @@ import torch
 from samples import ACTIVATIONS, KERNEL_DTYPES, OF_INPUT, OF_OUTPUT, num_threads, outcome, same_bits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mylayers
 from mylayers import functional, reference
@@ -1070,3 +1073,51 @@ def test_a_gradient_from_memory_that_was_freed_since_is_refused():
     net[2].weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="out of bounds for storage of size 0"):  # PyTorch's own
         loss.backward()
+
+
+class RunsAtEachOperator(TorchDispatchMode):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.f()
+        return function(*args, **(kwargs or {}))
+
+
+HOOKS = "hooks on what is saved"
+PYTHON_WITHIN_A_CALL = {
+    "a mode": RunsAtEachOperator,
+    HOOKS: lambda f: saved_tensors_hooks(lambda t: f() or t, lambda t: t),
+}
+USES = {
+    "linear_act": lambda layer, x: functional.linear_act(x, layer.weight, layer.bias, "tanh"),
+    "center": lambda layer, _: functional.center(layer.weight),
+    "MyLinear": lambda layer, x: layer(x),
+    "FusedSequential": lambda layer, x: mylayers.FusedSequential(layer, nn.Tanh(), layer)(x),
+}
+
+
+@pytest.mark.parametrize(
+    ("use", "code"),
+    # center saves nothing.
+    [pair for pair in itertools.product(USES, PYTHON_WITHIN_A_CALL) if pair != ("center", HOOKS)],
+)
+def test_no_code_that_runs_within_a_call_can_take_its_tensors_away(use, code):
+    use, python = USES[use], PYTHON_WITHIN_A_CALL[code]
+    layer, x = mylayers.MyLinear(8, 8), torch.rand(2, 8)
+    expected, refusals = use(layer, x), []
+    gradients = python is not RunsAtEachOperator
+
+    def exchange() -> None:
+        for parameter in (layer.weight, layer.bias):
+            with contextlib.suppress(RuntimeError):
+                torch.utils.swap_tensors(parameter, nn.Parameter(torch.full_like(parameter, 7.0)))
+                continue
+            refusals.append(parameter)
+        gc.collect()
+
+    with torch.set_grad_enabled(gradients), python(exchange):
+        found = use(layer, x)
+    assert refusals, "nothing ran within the call"
+    assert same_bits(found, expected)

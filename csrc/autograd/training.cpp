@@ -16,9 +16,7 @@
 #include <ATen/ops/smooth_l1_loss.h>
 #include <ATen/ops/smooth_l1_loss_backward.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
-#include <ATen/SavedTensorHooks.h>
 #include <c10/util/irange.h>
-#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -147,8 +145,7 @@ void accumulate(const at::Tensor& leaf, at::Tensor gradient) {
 at::Tensor forward_backward(
     const at::Tensor& input, at::TensorList parameters, const Program& program,
     const Criterion& criterion, const at::Tensor& target) {
-  if (!at::GradMode::is_enabled() || torch::autograd::AnomalyMode::is_enabled() ||
-      !at::SavedTensorDefaultHooks::get_tls_state().stack.empty() || input.requires_grad() ||
+  if (!at::GradMode::is_enabled() || is_graph_watched() || input.requires_grad() ||
       input.is_inference()) {
     return {};
   }

@@ -5,9 +5,11 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/record_function.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/forward_grad.h>
 
 #include <initializer_list>
@@ -120,6 +122,17 @@ inline Shortcut shortcut_of(c10::ArrayRef<const at::Tensor*> args) {
 
 inline bool leads_to_cpu_kernel(c10::ArrayRef<const at::Tensor*> args) {
   return shortcut_of(args) == Shortcut::kKernel;
+}
+
+// Whether Python code sees the nodes of a graph, or what they save, as they are made.
+inline bool is_graph_watched() {
+  return torch::autograd::AnomalyMode::is_enabled() ||
+         !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+}
+
+// Whether a call may run Python code on its way: that of a mode, or of who watches the graph.
+inline bool may_run_python(Shortcut shortcut) {
+  return shortcut == Shortcut::kNone || (shortcut == Shortcut::kRecorded && is_graph_watched());
 }
 
 }  // namespace mylayers

@@ -2,7 +2,6 @@
 // and a step of training. Modules are told apart by plans.h, functions by watched_functions.h.
 #include "chain.h"
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/TracerMode.h>
 #include <pybind11/stl.h>
 
@@ -196,12 +195,10 @@ bool is_short(const Held& tensors, const Program& program) {
 }
 
 PyObject* run_program(const Program& program, Held& tensors) {
-  const bool keeps_gil = is_short(tensors, program);
-  if (!keeps_gil || at::GradMode::is_enabled()) {
-    tensors.own();  // saving a tensor for backward may run Python code
-  }
-  return wrapped(
-      keeps_gil, [&] { return mylayers::sequential(tensors[0], tensors.from(1), program); });
+  const auto shortcut = shortcut_of(arguments(tensors[0], {tensors.from(1)}));
+  return wrapped(is_short(tensors, program), shortcut, tensors, [&] {
+    return sequential_by(shortcut, tensors[0], tensors.from(1), program);
+  });
 }
 
 // The next child's result of x.
@@ -443,12 +440,15 @@ py::object loss_and_gradients(
   }
   const Program& program = *plan->parts[0].program;
   const bool keeps_gil = is_short(tensors, program);
-  const at::Tensor wanted = THPVariable_Unpack(target);
+  Held wanted;
+  wanted.take(target);
   if (!keeps_gil) {
     tensors.own();
+    wanted.own();
   }
   return owned(wrapped(keeps_gil, [&] {
-    return mylayers::forward_backward(tensors[0], tensors.from(1), program, loss.criterion, wanted);
+    return mylayers::forward_backward(
+        tensors[0], tensors.from(1), program, loss.criterion, wanted[0]);
   }));
 }
 

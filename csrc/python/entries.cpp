@@ -1,8 +1,6 @@
 // Eager calls of the operators.
 #include "entries.h"
 
-#include <ATen/core/grad_mode.h>
-
 #include <string>
 #include <string_view>
 
@@ -19,14 +17,12 @@ PyObject* run_linear_act(Held& tensors, bool has_bias, Activation activation) {
   };
   const bool keeps_gil = has_plain_sizes(x) && has_plain_sizes(w) && w.dim() == 2 &&
                          (at_most(kShort) || at_most(short_now()));
-  if (!keeps_gil || at::GradMode::is_enabled()) {
-    tensors.own();
-  }
-  OptionalTensor b;
-  if (has_bias) {
-    b = tensors[2];
-  }
-  return wrapped(keeps_gil, [&] { return mylayers::linear_act(x, w, b, activation); });
+  const at::Tensor none;
+  const auto shortcut = shortcut_of({&x, &w, has_bias ? &tensors[2] : &none});
+  return wrapped(keeps_gil, shortcut, tensors, [&] {
+    return linear_act_by(
+        shortcut, x, w, has_bias ? OptionalTensor(tensors[2]) : std::nullopt, activation);
+  });
 }
 
 namespace {
@@ -95,11 +91,10 @@ PyObject* center(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const auto list = dim.is_none() ? at::OptionalIntArrayRef() : at::OptionalIntArrayRef(dims);
   const at::Tensor& x = tensors[0];
-  const bool keeps_gil = has_plain_sizes(x) && x.numel() <= kShort;
-  if (!keeps_gil || at::GradMode::is_enabled()) {
-    tensors.own();
-  }
-  return wrapped(keeps_gil, [&] { return mylayers::center(x, list); });
+  const auto shortcut = shortcut_of({&x});
+  return wrapped(has_plain_sizes(x) && x.numel() <= kShort, shortcut, tensors, [&] {
+    return center_by(shortcut, x, list);
+  });
   END_HANDLE_TH_ERRORS
 }
 

@@ -7,6 +7,9 @@
 
 #include <utility>
 
+#include "../dispatch/questions.h"
+#include "held.h"
+
 namespace mylayers::python {
 
 // Multiply-adds, or elements, up to which a call keeps the GIL: it is over in a microsecond, and
@@ -34,6 +37,15 @@ PyObject* wrapped(bool is_short, F&& f) {
     output = f();
   }
   return THPVariable_Wrap(std::move(output));
+}
+
+// The same of these tensors, which the call owns where something else may run meanwhile.
+template <class F>
+PyObject* wrapped(bool is_short, Shortcut shortcut, Held& tensors, F&& f) {
+  if (!is_short || may_run_python(shortcut)) {
+    tensors.own();
+  }
+  return wrapped(is_short, std::forward<F>(f));
 }
 
 inline bool has_plain_sizes(const at::Tensor& t) {
