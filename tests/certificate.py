@@ -1,8 +1,8 @@
 """On which of PyTorch's roads the layers go along, and which tests prove it.
 
 A test marked ``@pytest.mark.road("ONNX")`` is a proof of that road. ``python -m tests.certificate``
-runs the proofs and writes the table of PAGE; a whole run of pytest ends in tests/test_roads.py,
-which fails where a road has no proof or the page another table than the run.
+runs the proofs and writes the table of PAGE; a whole run of pytest, without arguments, fails where
+a road has no proof or the page another table than the run.
 """
 
 import re
@@ -50,20 +50,29 @@ ROADS = {
 }
 
 
+# The property of a test's report that says what it proves: [roads, its file, its name].
+PROVES = "proves"
+
+
 class Certificate:
-    """A plugin of pytest that collects each road's tests and how they ended."""
+    """A plugin of pytest that collects each road's tests and how they ended.
+
+    Of pytest-xdist's processes those that run the tests collect them, and the first one learns of
+    them and of their ends by their reports.
+    """
 
     def __init__(self) -> None:
         self.whole = True  # no test is left out
         self.proofs: dict[str, dict[tuple[str, str], None]] = {road: {} for road in ROADS}
         self.roads: dict[str, list[str]] = {}  # of a case
         self.outcomes: dict[str, str] = {}
+        self.faults: list[str] = []
 
-    def pytest_collection_modifyitems(
-        self, config: pytest.Config, items: list[pytest.Item]
-    ) -> None:
+    def pytest_configure(self, config: pytest.Config) -> None:
         self.whole &= config.args_source is pytest.Config.ArgsSource.TESTPATHS
-        items.sort(key=lambda item: item.path.name == "test_roads.py")  # comes last
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             roads = [mark.args[0] for mark in item.iter_markers("road")]
             for road in roads:
@@ -71,16 +80,37 @@ class Certificate:
                     raise pytest.UsageError(
                         f"{item.nodeid}: no road {road!r} in tests/certificate.py"
                     )
-                name = getattr(item, "originalname", item.name)
-                self.proofs[road][item.path.name, name] = None
-            self.roads[item.nodeid] = roads
+            name = getattr(item, "originalname", item.name)
+            item.user_properties.append((PROVES, [roads, item.path.name, name, self.whole]))
 
     def pytest_deselected(self) -> None:
         self.whole = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        roads, file, name, whole = dict(report.user_properties)[PROVES]
+        self.whole &= whole
+        self.roads[report.nodeid] = roads
+        for road in roads:
+            self.proofs[road][file, name] = None
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """At the end of a whole run: every road is proved, and the table is that of the run."""
+        is_a_part = hasattr(session.config, "workerinput")
+        if is_a_part or not self.whole or not self.outcomes or session.shouldstop:
+            return
+        self.faults = [f"no test proves {road!r}, or one fails" for road in self.unproved()]
+        if whole_numbers(written_table()) != whole_numbers(self.table()):
+            self.faults.append(f"{PAGE.name}: run python -m tests.certificate and see what changed")
+        if self.faults:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.faults:
+            terminalreporter.section("roads", red=True)
+        for fault in self.faults:
+            terminalreporter.line(fault, red=True)
 
     def result(self, road: str) -> str:
         count = Counter(
@@ -99,7 +129,7 @@ class Certificate:
         lines = ["| road | what holds | cases | proved by |", "|---|---|---|---|"]
         for road, holds in ROADS.items():
             files: dict[str, list[str]] = {}
-            for file, name in self.proofs[road]:
+            for file, name in sorted(self.proofs[road]):
                 files.setdefault(file, []).append(f"`{name.removeprefix('test_')}`")
             proofs = "; ".join(f"{file}: {', '.join(names)}" for file, names in files.items())
             lines.append(f"| {road} | {holds} | {self.result(road)} | {proofs} |")

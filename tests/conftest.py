@@ -16,11 +16,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Certificate(), "certificate")
 
 
-@pytest.fixture
-def certificate(pytestconfig: pytest.Config) -> Certificate:
-    return pytestconfig.pluginmanager.get_plugin("certificate")
-
-
 @pytest.fixture(scope="session")
 def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
     group = Processes(request.param)

@@ -336,7 +336,9 @@ def test_repeated_and_out_of_range_dims_end_as_the_formula(shape, dim, dtype):
 
 
 @pytest.mark.parametrize(
-    "dim", ["0", 1.0, (0, 1.0), True, (0, True), object(), {0}, {0: 1}, torch.tensor(1.5)], ids=str
+    "dim",
+    ["0", 1.0, (0, 1.0), True, (0, True), ..., {0}, {0: 1}, torch.tensor(1.5)],
+    ids=str,
 )
 def test_a_dim_that_is_no_integer_is_a_type_error(dim):
     with pytest.raises(TypeError, match=r"center: dim must be None, an int or a sequence of ints"):

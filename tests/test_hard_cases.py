@@ -784,7 +784,9 @@ def test_center_of_no_tensor_is_a_type_error_naming_the_argument(value):
         ("", ValueError, 'activation must be one of .* or None; got ""'),
         ("RELU", ValueError, 'activation must be one of .* or None; got "RELU"'),
         (1, TypeError, "activation must be a str or None; got int"),
-        (torch.relu, TypeError, "activation must be a str or None; got builtin"),
+        pytest.param(
+            torch.relu, TypeError, "activation must be a str or None; got builtin", id="torch.relu"
+        ),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mylayers
-from mylayers import _C, _explain
+from mylayers import _C, __main__, _explain
 
 TABLE = Path(__file__).with_name("plans.txt")
 THREADS = 2
@@ -123,15 +123,12 @@ def test_what_cannot_be_planned_is_refused(change, said):
         _explain.plan(**{"rows": 1, "in_units": 8, "units": 8, **change})
 
 
-def explain(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mylayers", *arguments], capture_output=True, text=True
-    )
-
-
 def test_the_command_prints_the_plan_in_words():
-    done = explain(
-        "explain", "16x1024x1024", "--dtype", "bfloat16", "--threads", "2", "--machine", "Zen 5"
+    arguments = ["explain", "16x1024x1024", "--dtype", "bfloat16", "--threads", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mylayers", *arguments, "--machine", "Zen 5"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "x (16, 1024) @ weight (1024, 1024) in bfloat16 on Zen 5" in done.stdout
@@ -152,10 +149,13 @@ def test_the_command_prints_the_plan_in_words():
         (("explian",), "got explian"),
     ],
 )
-def test_the_command_says_what_is_wrong_with_its_arguments(arguments, said):
-    done = explain(*arguments)
-    assert done.returncode == 2
-    assert said in done.stderr
+def test_the_command_says_what_is_wrong_with_its_arguments(arguments, said, capsys):
+    try:
+        status = __main__.run(arguments)
+    except SystemExit as error:  # argparse
+        status = error.code
+    assert status == 2
+    assert said in capsys.readouterr().err
 
 
 if __name__ == "__main__":
