@@ -941,18 +941,20 @@ def test_a_run_with_a_wrong_candidate_fails_and_writes_nothing_of_that_case(
     assert {file.name for file in tmp_path.iterdir()} == {"run.json", "results.csv"}
 
 
-# What tiny_suites does, in a process of its own; each case takes so long that it can be killed.
-SLOW_RUN = """
-import dataclasses, sys, time
+# What tiny_suites does, in a process of its own, which waits in the fourth case to be killed.
+WAITING_RUN = """
+import dataclasses, itertools, sys, time
 from benchmarks import __main__ as main, cases, limits, measure
 
 def unavailable(threads):
     raise limits.UnavailableError("none are asked for")
 
 def slowly(*arguments):
-    time.sleep(0.5)
+    if next(number) == 3:
+        time.sleep(600)
     return measured(*arguments)
 
+number = itertools.count()
 measured, main.measure = measure.measure, slowly
 main.SECONDS, limits.measure = 0.0, unavailable
 suite = cases.SUITES["center-forward"]
@@ -974,7 +976,7 @@ def test_a_run_that_is_killed_keeps_its_cases_and_goes_on(bench, tmp_path, monke
     arguments = ["--only", "center-forward", "--threads", "1"]
     path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])
     running = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, *arguments, "--out", tmp_path],
+        [sys.executable, "-c", WAITING_RUN, *arguments, "--out", tmp_path],
         env=os.environ | {"PYTHONPATH": path, "COLUMNS": "500"},
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -61,7 +61,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 def test_all_of_this_holds_where_no_machine_was_measured():
     # Not "python -m pytest", which would put the source folder first on the path.
     code = "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main(sys.argv[1:]))"
-    options = ("-q", "-p", "no:cacheprovider", "-rs", __file__)
+    options = ("-q", "-n0", "-p", "no:cacheprovider", "-rs", __file__)
     done = run("-c", code, *options, **UNMEASURED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PyTorch's here" in done.stdout, "nothing but these tests was left out"
