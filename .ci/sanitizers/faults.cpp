@@ -12,7 +12,7 @@ namespace {
 // What the compiler must not foresee.
 volatile int zero = 0;
 volatile int sink = 0;
-int shared = 0;
+volatile int shared = 0;
 
 }  // namespace
 
@@ -72,9 +72,15 @@ void read_a_freed_tensor() {
   sink = static_cast<int>(values[zero]);
 }
 
+// Many times: of two accesses in the very same moment ThreadSanitizer may see none.
 void race() {
-  std::thread other([] { ++shared; });
-  ++shared;
+  const auto count = [] {
+    for (int i = 0; i < 1000; ++i) {
+      shared = shared + 1;
+    }
+  };
+  std::thread other(count);
+  count();
   other.join();
 }
 
@@ -96,9 +102,9 @@ void sound() {
   std::memcpy(&value, values + 1 + zero, sizeof value);
   sink = static_cast<int>(value);
   std::free(values);
-  std::thread other([] { ++shared; });
+  std::thread other([] { shared = shared + 1; });
   other.join();
-  ++shared;
+  shared = shared + 1;
 }
 
 // What the kernels do: values of the caller read by all threads, others' values after a barrier,
