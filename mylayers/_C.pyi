@@ -51,7 +51,7 @@ def plan(
     a: tuple[int, int],
     b: tuple[int, int],
     rounds: bool,
-    in_turn: int,
+    working_set_bytes: int,
     threads: int,
     machine: str | None,
     /,

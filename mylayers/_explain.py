@@ -17,15 +17,17 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 MOST = 1 << 24  # of anything: the bytes of a weight of so many squared fit in 64 bits
 
 WAYS = {
-    "tiles": "in microkernels, block by block: sums stay in registers while terms go by",
+    "microkernels": "in microkernels, block by block: sums stay in registers while terms go by",
     "bands": "in bands: the weight is packed, and the rows of one microkernel take all its columns",
-    "skinny": "as a skinny product: the weight streams through once, as it lies",
+    "skinny": "as a skinny product: the weight is read once, as it lies",
     "skinny_many": "as a skinny product of many rows: each vector of the weight serves all rows",
     "skinny_transposed": (
         "as a skinny product with a weight (out, in): squares of it are transposed in registers"
     ),
-    "pair_tiles": "in microkernels of AVX512-BF16, the weight packed as pairs of terms",
-    "pair_skinny": "as a skinny product on AVX512-BF16: the weight is paired while it streams",
+    "vnni": "in microkernels of AVX512-BF16, the weight packed in the VNNI layout",
+    "vnni_skinny": (
+        "as a skinny product on AVX512-BF16: the weight gets the VNNI layout on the way"
+    ),
     "amx_columns": "on the tiles of AMX: each thread packs and multiplies columns of its own",
     "amx_rows": "on the tiles of AMX: all threads pack, then each multiplies rows of its own",
 }
@@ -39,7 +41,7 @@ def plan(
     *,
     transposed: bool = False,
     rounds: bool = False,
-    in_turn: int = 0,
+    working_set_bytes: int = 0,
     threads: int = 1,
     machine: str | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def plan(
         dtype: ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
         transposed: the weight lies as ``(units, in_units)``, as ``nn.Linear`` has it.
         rounds: PyTorch's setting lets float32 products be rounded to bfloat16.
-        in_turn: bytes of all weights that are read in turn with this one.
+        working_set_bytes: bytes of all weights that are read in turn with this one.
         threads: how many there are.
         machine: a name of ``_C.machines()``; None: this machine.
 
@@ -61,7 +63,16 @@ def plan(
     """
     weight = (1, in_units) if transposed else (units, 1)
     return _C.plan(
-        rows, units, in_units, dtype, (in_units, 1), weight, rounds, in_turn, threads, machine
+        rows,
+        units,
+        in_units,
+        dtype,
+        (in_units, 1),
+        weight,
+        rounds,
+        working_set_bytes,
+        threads,
+        machine,
     )
 
 
@@ -88,7 +99,7 @@ def in_words(rows: int, in_units: int, units: int, dtype: str, told: dict[str, A
             f"  cut        {cut} of up to {min(told['rows'], rows)} rows and "
             f"{min(told['columns'], units)} columns, on {threads}"
         )
-        lines.append(f"  passes     {task['depth']} of {in_units} terms at a time")
+        lines.append(f"  passes     {task['kc']} of {in_units} terms at a time")
     prepared = [
         what
         for key, what in (

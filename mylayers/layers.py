@@ -376,7 +376,7 @@ class CenteredLayer(nn.Module):
         if process_group is None:
             self._group = None
         else:
-            from mylayers import sync  # only now: PyTorch's collectives take 10 ms to import
+            from mylayers import sync  # only now: PyTorch's collectives take long to import
 
             self._group = sync.Group.of(process_group)
 

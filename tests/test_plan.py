@@ -47,7 +47,7 @@ def one_plan(machine: str, shape: tuple[int, int, int], dtype: str, transposed: 
     return (
         f"{'x'.join(map(str, shape)):<15} {dtype:<9}{layout:<7} {task['path']:<18}"
         f"{told['row_blocks']}*{told['column_blocks']} of {cut:<10} on {told['threads']}, "
-        f"{task['depth']} terms, from {where}{flags}"
+        f"{task['kc']} terms, from {where}{flags}"
     )
 
 

@@ -502,7 +502,7 @@ def up(n: int, multiple: int) -> int:
 
 
 def packed(on: Kernels, b: Array) -> tuple[Array, int]:
-    """Panels of b (k, n), with what gemm_amx.cpp adds to those of pack_pairs."""
+    """Panels of b (k, n), with what gemm_amx.cpp adds to those of pack_vnni."""
     k, n = b.shape
     whole = up(k, TERMS)
     size = whole * PANEL + TERMS
@@ -566,7 +566,7 @@ class Product:
         for begin, end in zip(begins, [*cuts, k], strict=True):
             panels, size = packed(on, np.ascontiguousarray(b[begin:end]))
             writes = end == k and not keeps
-            (on.block if dtype == np.uint16 else on.block_f32)(
+            (on.macrokernel if dtype == np.uint16 else on.macrokernel_f32)(
                 *(m, cols, end - begin, a[:, begin:], row, last, panels, size),
                 *(sums.view if cuts or keeps else None, sums.row, begin > 0),
                 *(self.bias[:cols].copy() if bias and writes else None, activation),

@@ -19,14 +19,14 @@ template <class T>
 void activate_range(int64_t count, const T* in, Activation act, T* out) {
   const auto& storage = kernels().storage<T>();
   if constexpr (std::is_same_v<T, acc_t<T>>) {
-    storage.finish(1, count, in, count, nullptr, act, out, count);
+    storage.epilogue(1, count, in, count, nullptr, act, out, count);
   } else {
     constexpr int64_t kPiece = 1 << 11;
     const Scratch<acc_t<T>> wide(std::min(kPiece, count));
     for (int64_t i = 0; i < count; i += kPiece) {
       const int64_t piece = std::min(kPiece, count - i);
       storage.pack(1, piece, in + i, piece, 1, wide.get(), piece);
-      storage.finish(1, piece, wide.get(), piece, nullptr, act, out + i, piece);
+      storage.epilogue(1, piece, wide.get(), piece, nullptr, act, out + i, piece);
     }
   }
 }
@@ -70,7 +70,7 @@ at::Tensor activation_backward(
     const T *g = data<T>(grad), *r = data<T>(read);
     T* const dx = mutable_data<T>(out);
     at::parallel_for(0, grad.numel(), kActivationGrain, [&](int64_t begin, int64_t end) {
-      kernels().storage<T>().mask(
+      kernels().storage<T>().act_backward(
           1, end - begin, g + begin, 0, r + begin, act, dx + begin, /*db=*/nullptr);
     });
   });

@@ -27,22 +27,18 @@ constexpr int64_t kGrain = 1 << 15;
 // Slices per thread from which each is left to one thread, which may be late by one slice.
 constexpr int64_t kSlicesPerThread = 4;
 // Bytes of a run up to which it is subtracted from before the next is summed: half of a level-1
-// cache. All runs of 24 KiB and more are summed first, which took 0.84 to 0.97 of the time in
-// 16 MiB and 0.8 to 1.08 in less; with runs of 16 KiB it took up to 1.35 times as long. Half of it
-// where the result is written past the caches.
+// cache. Longer runs are all summed first. Half of it where the result is written by non-temporal
+// stores. [lab: constants]
 constexpr int64_t kRunInCache = 1 << 14;
-// Columns of a strip where there are more than kStrip: 8192 and 16384 columns in one strip took 1.3
-// times as long.
+// Columns of a strip where there are more than kStrip. [lab: constants]
 constexpr int64_t kWideStrip = 1024;
 
-// Whether a result of so many bytes is written past the caches: on processors that gain by it
-// (Tuning), where it and x do not fit in level 3 together. Of whole tensors and of rows that took
-// 0.67 to 0.99 of the time, of columns 0.41 to 0.89; with a sum of the result behind it 0.85 to
-// 0.99 and 0.58 to 1. A quarter more on several threads: where both just fitted, that pair took up
-// to 1.3 times as long on two. From 32 MiB, malloc's largest threshold, results are fresh memory,
-// whose pages the operating system has just written to the caches. Its rows, of row_bytes, must be
-// whole cache lines: of lines written in two parts, columns took 1.2 to 1.5 times as long.
-bool past_caches(const void* out, int64_t row_bytes, int64_t bytes, int64_t shares) {
+// Whether a result of so many bytes is written by non-temporal stores: on processors that gain by
+// it (Tuning), where it and x do not fit in level 3 together; a quarter more on several threads, as
+// what just fits is read from there again. From 32 MiB, malloc's largest threshold, results are
+// fresh memory, whose pages the operating system has just written to the caches. Its rows, of
+// row_bytes, must be whole cache lines: those written in two parts take longer. [lab: constants]
+bool stores_non_temporal(const void* out, int64_t row_bytes, int64_t bytes, int64_t shares) {
   constexpr int64_t kLine = 64, kFresh = int64_t{32} << 20;
   const int64_t level3 = machine().level3_bytes;
   return level3 > 0 && bytes < kFresh && 2 * bytes >= (shares == 1 ? level3 : level3 / 4 * 5) &&
@@ -63,8 +59,8 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
   const int64_t row_bytes = s.lead * s.outer == 1 ? 0 : s.count * kSize;  // 0: no second row
-  const bool past = past_caches(out, row_bytes, s.elements() * kSize, shares);
-  if (s.lead == 1 && s.count * kSize <= (past ? kRunInCache / 2 : kRunInCache) &&
+  const bool non_temporal = stores_non_temporal(out, row_bytes, s.elements() * kSize, shares);
+  if (s.lead == 1 && s.count * kSize <= (non_temporal ? kRunInCache / 2 : kRunInCache) &&
       (shares == 1 || s.outer >= kSlicesPerThread * shares)) {
     each_on_one_thread(s.outer, s.count, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * s.count;
@@ -106,7 +102,7 @@ void center_runs(const CenterSizes& s, const T* x, T* out) {
       begin = std::max(first, run * per_run);
       const int64_t skipped = (begin - run * per_run) * kRunChunk, at = run * s.count + skipped;
       const int64_t n = std::min(s.count - skipped, (end - begin) * kRunChunk);
-      storage.subtract(n, x + at, s.lead > 1 ? means[o] : mean(o), out + at, past);
+      storage.subtract(n, x + at, s.lead > 1 ? means[o] : mean(o), out + at, non_temporal);
       --run;
       o = (o == 0 ? s.outer : o) - 1;
     }
@@ -119,7 +115,7 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
   constexpr int64_t kSize = sizeof(T);
   const auto& storage = kernels().storage<T>();
   const int64_t shares = std::min(Team::threads(), ceil_div(s.elements(), kGrain));
-  const bool past = past_caches(out, s.inner * kSize, s.elements() * kSize, shares);
+  const bool non_temporal = stores_non_temporal(out, s.inner * kSize, s.elements() * kSize, shares);
   // Strips of equal width, in whole cache lines.
   const int64_t strips = s.inner <= kStrip ? 1 : ceil_div(s.inner, kWideStrip);
   const int64_t width = std::min(s.inner, ceil_div(ceil_div(s.inner, strips), 64) * 64);
@@ -127,13 +123,14 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
     each_on_one_thread(s.outer * strips, s.count * width, [&](int64_t begin, int64_t end) {
       if (strips == 1) {
         const int64_t at = begin * s.count * s.inner;
-        storage.center_columns(end - begin, s.count, s.inner, x + at, s.inner, out + at, past);
+        storage.center_columns(
+            end - begin, s.count, s.inner, x + at, s.inner, out + at, non_temporal);
         return;
       }
       for (; begin < end; ++begin) {
         const int64_t j = begin % strips * width, cols = std::min(width, s.inner - j);
         const int64_t at = begin / strips * s.count * s.inner + j;
-        storage.center_columns(1, s.count, cols, x + at, s.inner, out + at, past);
+        storage.center_columns(1, s.count, cols, x + at, s.inner, out + at, non_temporal);
       }
     });
     return;
@@ -173,7 +170,7 @@ void center_columns(const CenterSizes& s, const T* x, T* out) {
           }
         }
         storage.subtract_columns(
-            below - above, cols, x + at, s.inner, total, s.count, out + at, past);
+            below - above, cols, x + at, s.inner, total, s.count, out + at, non_temporal);
       }
     }
   });

@@ -18,12 +18,12 @@ struct Matrix {
 // c (m, n) contiguous = act(a (m, k) @ b (k, n) + bias (n) or nothing), accumulated in
 // acc_t<T>, rounded once. A row of c depends on its row of a, on b and on bias alone, to
 // the bit: each element is one chain of multiply-adds over k, whatever m and the threads.
-// `in_turn` are the bytes of all weights that are read in turn with b, which tell how fast b is
-// to be had again; those of b are known.
+// `working_set_bytes` are the bytes of all weights that are read in turn with b, which tell how
+// fast b is to be had again; those of b are known.
 template <class T>
 void gemm(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act, T* c,
-    int64_t in_turn = 0);
+    int64_t working_set_bytes = 0);
 
 // c (m, n) contiguous = a (m, k) @ b (k, n) for a k that may be far longer than m and n (a
 // weight gradient: k counts the rows of the batch). Long sums are cut at places that

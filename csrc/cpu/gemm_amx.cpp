@@ -18,9 +18,9 @@ namespace {
 constexpr int64_t kTerms = 32;
 constexpr int64_t kEdge = kAmxTileRows;
 // Terms of one pass: a panel is then 32 KiB, which stay in level-1 cache while the rows go by.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kKc = 256;
 // The same of few rows and a b whose columns are runs of memory: those are read a page at a time.
-constexpr int64_t kRunDepth = 1024;
+constexpr int64_t kRunKc = 1024;
 // Rows of one pass, whose 128 KiB stay in level-2 cache while the panels go by.
 constexpr int64_t kRows = kAmxPassRows;
 // Columns and terms that are packed together, 4 MiB.
@@ -35,17 +35,17 @@ constexpr int64_t kFlatColumns = 4096;
 // One line more than a panel has: the next one would lie in the same sets of the caches.
 constexpr int64_t kPadding = 32;
 
-constexpr int64_t panel_size(int64_t depth) { return depth * kPanel + kPadding; }
+constexpr int64_t panel_size(int64_t kc) { return kc * kPanel + kPadding; }
 
-// `depth` rows and `cols` columns of b, with zeros up to whole tiles of terms.
+// `kc` rows and `cols` columns of b, with zeros up to whole tiles of terms.
 template <class In>
-void pack(int64_t depth, int64_t cols, Matrix<In> b, bfloat16_t* panels, int64_t size) {
+void pack(int64_t kc, int64_t cols, Matrix<In> b, bfloat16_t* panels, int64_t size) {
   if constexpr (std::is_same_v<In, float>) {
-    kernels().amx.pack_rounded(depth, cols, b.data, b.row, b.col, panels, size);
+    kernels().amx.pack_rounded(kc, cols, b.data, b.row, b.col, panels, size);
   } else {
-    kernels().bf16_pairs.pack_pairs(depth, cols, b.data, b.row, b.col, panels, size);
+    kernels().bf16_vnni.pack_vnni(kc, cols, b.data, b.row, b.col, panels, size);
   }
-  const int64_t filled = round_up(depth, 2), whole = round_up(depth, kTerms);
+  const int64_t filled = round_up(kc, 2), whole = round_up(kc, kTerms);
   if (filled < whole) {
     for (int64_t j = 0; j < cols; j += kPanel, panels += size) {
       std::fill_n(panels + filled * kPanel, (whole - filled) * kPanel, bfloat16_t{});
@@ -54,11 +54,11 @@ void pack(int64_t depth, int64_t cols, Matrix<In> b, bfloat16_t* panels, int64_t
 }
 
 template <class In>
-void copy(int64_t rows, int64_t k, Matrix<In> a, bfloat16_t* out, int64_t out_row) {
+void copy(int64_t rows, int64_t k, Matrix<In> a, bfloat16_t* out, int64_t ld_out) {
   if constexpr (std::is_same_v<In, float>) {
-    kernels().amx.copy_rounded(rows, k, a.data, a.row, a.col, out, out_row);
+    kernels().amx.copy_rounded(rows, k, a.data, a.row, a.col, out, ld_out);
   } else {
-    kernels().amx.copy(rows, k, a.data, a.row, a.col, out, out_row);
+    kernels().amx.copy(rows, k, a.data, a.row, a.col, out, ld_out);
   }
 }
 
@@ -67,7 +67,7 @@ class Product {
  public:
   Product(
       int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias,
-      Activation act, Out* out, int64_t out_row)
+      Activation act, Out* out, int64_t ld_out)
       : m_(m),
         n_(n),
         k_(k),
@@ -76,9 +76,9 @@ class Product {
         bias_(bias),
         act_(act),
         out_(out),
-        out_row_(out_row),
+        ld_out_(ld_out),
         by_runs_(m <= kEdge && b.col != 1),
-        deepest_(std::min(by_runs_ ? kRunDepth : kDepth, round_up(k, kTerms))),
+        deepest_(std::min(by_runs_ ? kRunKc : kKc, round_up(k, kTerms))),
         copy_row_(deepest_ + kTerms),
         last_(k % kTerms ? m * kTerms : 0) {
     if (const int64_t rest = k % kTerms; rest > 0) {
@@ -90,30 +90,29 @@ class Product {
   void by_rows(int64_t threads);
 
  private:
-  // Rows [i, i + rows) and columns [j, j + cols) of the terms [p, p + depth), b packed.
+  // Rows [i, i + rows) and columns [j, j + cols) of the terms [p, p + kc), b packed.
   void pass(
-      int64_t i, int64_t rows, int64_t j, int64_t cols, int64_t p, int64_t depth,
-      bfloat16_t* a_copy, const bfloat16_t* panels, int64_t size, float* sums,
-      int64_t sums_row) const {
+      int64_t i, int64_t rows, int64_t j, int64_t cols, int64_t p, int64_t kc, bfloat16_t* a_copy,
+      const bfloat16_t* panels, int64_t size, float* sums, int64_t ld_sums) const {
     const Matrix<In> from = a_.at(i, p);
     Matrix<bfloat16_t> a = {a_copy, copy_row_, 1};
     if (copies_a()) {
-      copy(rows, depth / kTerms * kTerms, from, a_copy, copy_row_);
+      copy(rows, kc / kTerms * kTerms, from, a_copy, copy_row_);
     } else if constexpr (!std::is_same_v<In, float>) {
       a = from;
     }
-    const bool ends = p + depth == k_;
-    Out* out = ends ? out_ + i * out_row_ + j : nullptr;
-    const auto block = [&] {
+    const bool ends = p + kc == k_;
+    Out* out = ends ? out_ + i * ld_out_ + j : nullptr;
+    const auto macrokernel = [&] {
       if constexpr (std::is_same_v<Out, float>) {
-        return kernels().amx.block_f32;
+        return kernels().amx.macrokernel_f32;
       } else {
-        return kernels().amx.block;
+        return kernels().amx.macrokernel;
       }
     }();
-    block(
-        rows, cols, depth, a.data, a.row, last_.get() + i * kTerms, panels, size, sums, sums_row,
-        p > 0, ends && bias_ ? bias_ + j : nullptr, act_, out, out_row_);
+    macrokernel(
+        rows, cols, kc, a.data, a.row, last_.get() + i * kTerms, panels, size, sums, ld_sums, p > 0,
+        ends && bias_ ? bias_ + j : nullptr, act_, out, ld_out_);
   }
   // For the rows of one pass: a copy with contiguous rows of bfloat16.
   bool copies_a() const { return std::is_same_v<In, float> || a_.col != 1; }
@@ -124,7 +123,7 @@ class Product {
   const float* bias_;
   Activation act_;
   Out* out_;
-  int64_t out_row_;
+  int64_t ld_out_;
   bool by_runs_;
   int64_t deepest_;           // terms of one pass
   int64_t copy_row_;          // of a copy of a: an odd number of lines
@@ -137,16 +136,16 @@ void Product<In, Out>::by_columns(int64_t threads) {
   const int64_t blocks = std::max(threads, ceil_div(n_, by_runs_ ? kPanel : kColumns));
   const int64_t cols = std::min(n_, round_up(ceil_div(n_, blocks), kPanel));
   const int64_t size = panel_size(deepest_);
-  const int64_t sums_row = round_up(cols, kPanel) + kEdge;
+  const int64_t ld_sums = round_up(cols, kPanel) + kEdge;
   const auto task = [&](int64_t j) {
     const int64_t width = std::min(cols, n_ - j);
     const Scratch<bfloat16_t> panels(ceil_div(width, kPanel) * size);
-    const Scratch<float> sums(k_ > deepest_ ? m_ * sums_row : 0);
+    const Scratch<float> sums(k_ > deepest_ ? m_ * ld_sums : 0);
     const Scratch<bfloat16_t> a_copy(copy_size());
     for (int64_t p = 0; p < k_; p += deepest_) {
-      const int64_t depth = std::min(deepest_, k_ - p);
-      pack(depth, width, b_.at(p, j), panels.get(), size);
-      pass(0, m_, j, width, p, depth, a_copy.get(), panels.get(), size, sums.get(), sums_row);
+      const int64_t kc = std::min(deepest_, k_ - p);
+      pack(kc, width, b_.at(p, j), panels.get(), size);
+      pass(0, m_, j, width, p, kc, a_copy.get(), panels.get(), size, sums.get(), ld_sums);
     }
   };
   const int64_t tasks = ceil_div(n_, cols);
@@ -178,9 +177,9 @@ void Product<In, Out>::by_rows(int64_t threads) {
   const int64_t pass_rows = flat ? kEdge : kRows;
   // Sums of all rows where the terms are packed in several parts, else of those of one pass.
   const bool keeps_all = k_ > deep;
-  const int64_t sums_row = round_up(wide, kPanel) + kEdge;
+  const int64_t ld_sums = round_up(wide, kPanel) + kEdge;
   const int64_t sums_size =
-      k_ > deepest_ ? (keeps_all ? rows : std::min(rows, kRows)) * sums_row : 0;
+      k_ > deepest_ ? (keeps_all ? rows : std::min(rows, kRows)) * ld_sums : 0;
 
   const Scratch<bfloat16_t> packed(chunks * panels * size);
   const Scratch<float> sums(tasks * sums_size);
@@ -215,13 +214,13 @@ void Product<In, Out>::by_rows(int64_t threads) {
           }
           const int64_t at = q * kPanel, cols = std::min(q_end * kPanel, width) - at;
           for (int64_t i = begin; i < end; i += pass_rows) {
-            float* own = sums.get() + t * sums_size + (keeps_all ? (i - begin) * sums_row : 0);
+            float* own = sums.get() + t * sums_size + (keeps_all ? (i - begin) * ld_sums : 0);
             for (int64_t part = 0; part < parts; ++part) {
               const int64_t p = first + part * deepest_;
               pass(
                   i, std::min(pass_rows, end - i), j + at, cols, p, std::min(deepest_, k_ - p),
                   a_copies.get() + t * copy_size(), packed.get() + (part * panels + q) * size, size,
-                  sums_size > 0 ? own : nullptr, sums_row);
+                  sums_size > 0 ? own : nullptr, ld_sums);
             }
           }
         }
@@ -235,11 +234,11 @@ void Product<In, Out>::by_rows(int64_t threads) {
 template <class In, class Out>
 void gemm_amx(
     int64_t m, int64_t n, int64_t k, Matrix<In> a, Matrix<In> b, const float* bias, Activation act,
-    Out* out, int64_t out_row, int64_t threads) {
+    Out* out, int64_t ld_out, int64_t threads) {
   const int64_t most = k > kDeep ? kMostRows : m;
   for (int64_t i = 0; i < m; i += most) {
     const int64_t rows = std::min(most, m - i);
-    Product<In, Out> product(rows, n, k, a.at(i, 0), b, bias, act, out + i * out_row, out_row);
+    Product<In, Out> product(rows, n, k, a.at(i, 0), b, bias, act, out + i * ld_out, ld_out);
     rows <= kRows ? product.by_columns(threads) : product.by_rows(threads);
   }
 }

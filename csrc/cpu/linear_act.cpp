@@ -18,8 +18,8 @@ namespace {
 
 // Rows whose bias gradient is one partial sum, on one thread.
 constexpr int64_t kRowChunk = 256;
-// Elements per thread below which masking on a second thread does not pay.
-constexpr int64_t kMaskGrain = 1 << 15;
+// Elements per thread below which a second thread does not pay.
+constexpr int64_t kActBackwardGrain = 1 << 15;
 
 }  // namespace
 
@@ -50,17 +50,18 @@ namespace {
 // dz (rows, cols) contiguous = dy * act'(y), and db = its column sums, in one pass; either may
 // be null. Row chunks are of fixed size and their sums are added in order.
 template <class T>
-void mask_and_sum(
+void act_backward_and_sum(
     int64_t rows, int64_t cols, Matrix<T> dy, const T* y, Activation act, T* dz, T* db) {
   using C = acc_t<T>;
   const int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
   const Scratch<C> partial(db ? chunks * cols : 0, C{});
   const auto& storage = kernels().storage<T>();
-  const int64_t grain = std::max<int64_t>(1, kMaskGrain / (kRowChunk * std::max<int64_t>(cols, 1)));
+  const int64_t grain =
+      std::max<int64_t>(1, kActBackwardGrain / (kRowChunk * std::max<int64_t>(cols, 1)));
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = s * kRowChunk;
-      storage.mask(
+      storage.act_backward(
           std::min(kRowChunk, rows - i), cols, dy.at(i, 0).data, dy.row, y ? y + i * cols : nullptr,
           act, dz ? dz + i * cols : nullptr, db ? partial.get() + s * cols : nullptr);
     }
@@ -72,7 +73,7 @@ void mask_and_sum(
         total[j] += partial[s * cols + j];
       }
     }
-    storage.finish(1, cols, total.get(), cols, nullptr, Activation::kNone, db, cols);
+    storage.epilogue(1, cols, total.get(), cols, nullptr, Activation::kNone, db, cols);
   }
 }
 
@@ -81,13 +82,13 @@ void mask_and_sum(
 template <class T>
 void linear_gradients(const LinearGradients<T>& of) {
   const auto [rows, in_units, units] = std::tuple(of.rows, of.in_units, of.units);
-  const bool masks = of.activation != Activation::kNone;
-  const bool keeps_dz = masks && (of.dx || of.dw);
+  const bool activated = of.activation != Activation::kNone;
+  const bool keeps_dz = activated && (of.dx || of.dw);
   const Scratch<T> dz(keeps_dz ? rows * units : 0);
   if (keeps_dz || of.db) {
-    mask_and_sum<T>(
-        rows, units, of.dy, masks ? of.y : nullptr, of.activation, keeps_dz ? dz.get() : nullptr,
-        of.db);
+    act_backward_and_sum<T>(
+        rows, units, of.dy, activated ? of.y : nullptr, of.activation,
+        keeps_dz ? dz.get() : nullptr, of.db);
   }
   const Matrix<T> g = keeps_dz ? Matrix<T>{dz.get(), units, 1} : of.dy;
   if (of.dx) {
@@ -114,7 +115,7 @@ Gradients linear_act_gradients(
                           : grad_output.expect_contiguous();
     const Rows dy(*grad);
     const int64_t rows = dy.count, units = dy.cols;
-    const bool masks = act != Activation::kNone;
+    const bool activated = act != Activation::kNone;
     const auto allocate_dx = [&] {
       c10::SmallVector<int64_t, 6> sizes(grad_output.sizes().begin(), grad_output.sizes().end());
       sizes.back() = weight->size(transposed ? 1 : 0);
@@ -126,9 +127,7 @@ Gradients linear_act_gradients(
                       : empty_like_of(grad_output, {in_units, units});
     };
     // The largest first: malloc may cut a smaller one from the memory of the last step's gradients,
-    // which is still in cache. The larger then lies in memory that is not: backward of 1 x 1024 x
-    // 1024 without the input's gradient took 290 to 320 us on one thread of a Zen 4, and in memory
-    // that had just been freed 150.
+    // which is still in cache. The larger then lies in memory that is not. [lab: constants]
     const bool dx_first = rows > units;
     if (mask[0] && dx_first) {
       allocate_dx();
@@ -140,11 +139,12 @@ Gradients linear_act_gradients(
       allocate_dx();
     }
     const at::Tensor none;
-    const auto y = (masks ? *output : none).expect_contiguous();
+    const auto y = (activated ? *output : none).expect_contiguous();
     if (mask[2]) {
       db = empty_like_of(grad_output, {units});
     }
-    LinearGradients<T> of = {rows, 0, units, dy.matrix<T>(), masks ? data<T>(*y) : nullptr, act};
+    LinearGradients<T> of = {rows, 0, units, dy.matrix<T>(), activated ? data<T>(*y) : nullptr,
+                             act};
     of.transposed = transposed;
     of.db = mask[2] ? mutable_data<T>(db) : nullptr;
     if (mask[0]) {

@@ -73,8 +73,8 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
     return;
   }
   const int64_t share = (rows + threads - 1) / threads;
-  const int64_t tile = kernels().product<acc_t<T>>().rows;
-  const int64_t block = std::min(kBlockRows, (share + tile - 1) / tile * tile);
+  const int64_t mr = kernels().product<acc_t<T>>().mr;
+  const int64_t block = std::min(kBlockRows, (share + mr - 1) / mr * mr);
   const int64_t blocks = rows == 0 ? 0 : (rows + block - 1) / block;
   const auto run_blocks = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {

@@ -66,7 +66,7 @@ py::dict build_info() {
 py::dict task_plan(const cpu::TaskPlan& task) {
   py::dict told;
   told["path"] = cpu::path_name(task.path);
-  told["depth"] = task.depth;
+  told["kc"] = task.kc;
   told["copies_a"] = task.copies_a;
   told["packs_b"] = task.packs_b;
   told["keeps_a"] = task.keeps_a;
@@ -85,7 +85,7 @@ py::tuple machines() {
 // The plan of a product on a row of the table; None: this machine, as it was found.
 py::dict product_plan(
     int64_t m, int64_t n, int64_t k, const std::string& dtype, std::pair<int64_t, int64_t> a,
-    std::pair<int64_t, int64_t> b, bool rounds, int64_t in_turn, int64_t threads,
+    std::pair<int64_t, int64_t> b, bool rounds, int64_t working_set_bytes, int64_t threads,
     const std::optional<std::string>& machine) {
   using namespace mylayers::cpu;
   const std::vector<std::string> dtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -109,11 +109,11 @@ py::dict product_plan(
                         {b.first, b.second},
                         static_cast<ValueType>(type - dtypes.begin())};
   shape.rounds = rounds && shape.type == ValueType::kFloat32 && may_round(n, k, *row);
-  const auto chosen = cpu::plan(shape, in_turn, threads, *row);
+  const auto chosen = cpu::plan(shape, working_set_bytes, threads, *row);
   py::dict told;
   told["machine"] = row->name;
   told["rounds"] = shape.rounds;
-  told["memory"] = chosen.source != Source::kCache;
+  told["memory"] = chosen.residency != Residency::kCache;
   told["threads"] = chosen.threads;
   told["rows"] = chosen.rows;
   told["columns"] = chosen.cols;

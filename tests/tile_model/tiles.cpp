@@ -122,35 +122,33 @@ const char* peek(int t, void* out) {
 }
 #endif
 
-const char* block(
-    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* last,
-    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t sums_row, bool accumulate,
-    const float* bias, Activation act, bfloat16_t* out, int64_t out_row) {
+const char* macrokernel(
+    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
+    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
+    const float* bias, Activation act, bfloat16_t* out, int64_t ld_out) {
   return checked([&] {
-    kAmx.block(
-        m, cols, k, a, a_row, last, b, panel_size, sums, sums_row, accumulate, bias, act, out,
-        out_row);
+    kAmx.macrokernel(
+        m, cols, k, a, lda, last, b, panel_size, sums, ld_sums, accumulate, bias, act, out, ld_out);
   });
 }
-const char* block_f32(
-    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* last,
-    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t sums_row, bool accumulate,
-    const float* bias, Activation act, float* out, int64_t out_row) {
+const char* macrokernel_f32(
+    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
+    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
+    const float* bias, Activation act, float* out, int64_t ld_out) {
   return checked([&] {
-    kAmx.block_f32(
-        m, cols, k, a, a_row, last, b, panel_size, sums, sums_row, accumulate, bias, act, out,
-        out_row);
+    kAmx.macrokernel_f32(
+        m, cols, k, a, lda, last, b, panel_size, sums, ld_sums, accumulate, bias, act, out, ld_out);
   });
 }
 const char* copy(
     int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
-    int64_t out_row) {
-  return checked([&] { kAmx.copy(rows, k, in, in_row, in_col, out, out_row); });
+    int64_t ld_out) {
+  return checked([&] { kAmx.copy(rows, k, in, in_row, in_col, out, ld_out); });
 }
 const char* copy_rounded(
     int64_t rows, int64_t k, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
-    int64_t out_row) {
-  return checked([&] { kAmx.copy_rounded(rows, k, in, in_row, in_col, out, out_row); });
+    int64_t ld_out) {
+  return checked([&] { kAmx.copy_rounded(rows, k, in, in_row, in_col, out, ld_out); });
 }
 const char* pairs_rounded(
     int64_t rows, int64_t cols, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
@@ -160,7 +158,7 @@ const char* pairs_rounded(
 const char* pairs(
     int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
     bfloat16_t* out, int64_t panel_size) {
-  return checked([&] { pack_pairs(rows, cols, in, in_row, in_col, out, panel_size); });
+  return checked([&] { pack_vnni(rows, cols, in, in_row, in_col, out, panel_size); });
 }
 // x = act(x), by this level's functions.
 const char* activate_values(int64_t count, float* x, Activation act) {

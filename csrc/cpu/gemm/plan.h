@@ -25,18 +25,18 @@ struct ProductShape {
   bool rounds = false;  // float32 is multiplied as bfloat16, where may_round
 };
 
-// kTiles and kBands compute c in microkernels, kTiles a block at a time and kBands the rows of a
-// microkernel with all columns; the skinny ones read b as it lies in memory, once.
+// kMicrokernels and kBands compute c in microkernels, the one a block of c at a time, the other the
+// rows of a microkernel with all columns; the skinny ones read b as it lies in memory, once.
 enum class Path {
-  kTiles,
+  kMicrokernels,
   kBands,
   kSkinny,            // few rows of a, or few of b
   kSkinnyMany,        // more rows of a
   kSkinnyTransposed,  // few rows of a, and a b that lies along k
-  kPairTiles,         // bfloat16 by AVX512-BF16, b packed as pairs
-  kPairSkinny,
-  kAmxColumns,  // bfloat16 on AMX: each thread packs columns of its own
-  kAmxRows,     // all threads pack, then each computes rows of its own
+  kVnni,              // bfloat16 by AVX512-BF16, b packed in the VNNI layout
+  kVnniSkinny,        // the same of few rows, the layout made while b is read
+  kAmxColumns,        // bfloat16 on AMX: each thread packs columns of its own
+  kAmxRows,           // all threads pack, then each computes rows of its own
 };
 MYLAYERS_API const char* path_name(Path path);
 inline bool is_amx(Path path) { return path == Path::kAmxColumns || path == Path::kAmxRows; }
@@ -44,7 +44,7 @@ inline bool is_amx(Path path) { return path == Path::kAmxColumns || path == Path
 // How one thread computes one task.
 struct TaskPlan {
   Path path;
-  int64_t depth;          // terms of one pass (KC); on AMX those are its own
+  int64_t kc;             // terms of one pass (KC); on AMX those are its own
   bool copies_a = false;  // rows of a are copied, and widened, before they are used
   bool packs_b = false;   // b is packed, and widened
   bool keeps_a = false;   // microkernels copy what they read of a, for the next columns
@@ -52,7 +52,7 @@ struct TaskPlan {
 };
 
 struct Plan {
-  Source source;  // where b is likely to be
+  Residency residency;  // where b is likely to be
   int64_t threads;
   int64_t rows, cols;  // of a task; the last ones may have fewer. On AMX all of them
   int64_t row_blocks, col_blocks;
@@ -66,7 +66,7 @@ struct Plan {
 // A sum of many terms, cut into pieces whose sums are added in order.
 struct LongPlan {
   int64_t piece, pieces;  // terms of one, and how many; one piece: as any product
-  Source source;
+  Residency residency;
   TaskPlan tasks[2];  // of the others, and of the last
 };
 
@@ -74,10 +74,10 @@ struct LongPlan {
 // allows it. The rows have no say, as their bits would depend on how many there are.
 MYLAYERS_API bool may_round(int64_t n, int64_t k, const Tuning& machine);
 
-// m, n > 0. `in_turn`: bytes of all weights that are read in turn with b, or 0. `threads`: how many
-// there are; small products take one.
-MYLAYERS_API Plan
-plan(const ProductShape& product, int64_t in_turn, int64_t threads, const Tuning& machine);
+// m, n > 0. `working_set_bytes`: bytes of all weights that are read in turn with b, or 0.
+// `threads`: how many there are; small products take one.
+MYLAYERS_API Plan plan(
+    const ProductShape& product, int64_t working_set_bytes, int64_t threads, const Tuning& machine);
 
 MYLAYERS_API LongPlan plan_long(const ProductShape& product, const Tuning& machine);
 

@@ -51,7 +51,7 @@ INLINE void tile_multiply() {
 
 // The eight tiles: four of sums, side by side, one of a, and three of b in turn. Two by two would
 // load one tile less for every four multiplies, but twice as much of a, which comes from level-2
-// cache while a panel of b stays in level 1: 0.6 to 0.7 of the speed [lab: golden-cove].
+// cache while a panel of b stays in level 1. [lab: golden-cove]
 constexpr int kTileA = 4;
 constexpr int kTileB = 5;
 constexpr int kAcrossMost = 4;
@@ -74,34 +74,35 @@ struct TileRows {
   const bfloat16_t* last;  // (rows, kTileTerms), zeros behind the last term; null: none
 };
 
-// out (rows, cols) = act(sums + bias) rounded to Out, of sums in rows of `sums_row`, which are used
+// out (rows, cols) = act(sums + bias) rounded to Out, of sums in rows of `ld_sums`, which are used
 // up.
 template <class Out>
 INLINE void end_sums(
-    int64_t rows, int64_t cols, float* sums, int64_t sums_row, const float* bias, Activation act,
-    Out* out, int64_t out_row) {
+    int64_t rows, int64_t cols, float* sums, int64_t ld_sums, const float* bias, Activation act,
+    Out* out, int64_t ld_out) {
   constexpr int L = kLanes<float>;
   const auto finished = [&](const float* row, int64_t j) __attribute__((always_inline)) {
     const vec<float> sum = load(row + j);
     const int64_t left = cols - j;
     const int n = left < L ? static_cast<int>(left) : L;
     const bool adds = bias && n > 0;
-    return activate_in_tile<float>(adds ? add_in_order<float>(sum, load_n(bias + j, n)) : sum, act);
+    return activate_in_registers<float>(
+        adds ? add_in_order<float>(sum, load_n(bias + j, n)) : sum, act);
   };
   if (!row_of(act).in_registers) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; j += L) {
-        const vec<float> sum = finished(sums + i * sums_row, j);
-        store(sums + i * sums_row + j, reads_input(act) ? rounded<Out>(sum) : sum);
+        const vec<float> sum = finished(sums + i * ld_sums, j);
+        store(sums + i * ld_sums + j, reads_input(act) ? rounded<Out>(sum) : sum);
       }
     }
-    activate(rows, cols, sums, sums_row, act);
+    activate(rows, cols, sums, ld_sums, act);
     bias = nullptr;
     act = Activation::kNone;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const float* row = sums + i * sums_row;
-    Out* to = out + i * out_row;
+    const float* row = sums + i * ld_sums;
+    Out* to = out + i * ld_out;
 #if defined(MYLAYERS_HAS_AVX512_BF16)
     if constexpr (std::is_same_v<Out, bfloat16_t>) {
       for (int64_t j = 0; j < cols; j += 2 * L) {
@@ -122,12 +123,12 @@ INLINE void end_sums(
 template <class Out>
 struct TileResult {
   float* sums;  // with room for whole panels
-  int64_t sums_row;
+  int64_t ld_sums;
   bool accumulate;
   const float* bias;  // null: none
   Activation act;
   Out* out;  // null: the sums are kept for the next terms
-  int64_t out_row;
+  int64_t ld_out;
 };
 
 // All products of `rows` rows with `panels` panels of b, of kAcross tiles each; `cols` columns in
@@ -137,7 +138,7 @@ template <int kAcross, class Out>
 void multiply_tiles(
     int64_t rows, int64_t cols, int64_t steps, const TileRows& a, const bfloat16_t* b,
     int64_t panel_size, const TileResult<Out>& result) {
-  constexpr int64_t kPairRow = 2 * kPanel * sizeof(bfloat16_t);
+  constexpr int64_t kVnniRow = 2 * kPanel * sizeof(bfloat16_t);
   alignas(64) float finished[kTileEdge][kPanel];
   struct {
     int64_t i = -1, j = 0;  // the group that is still in tiles; -1: none
@@ -149,8 +150,8 @@ void multiply_tiles(
           tile_store<t>(finished[0] + t * kTileEdge, sizeof(finished[0]));
         } else {
           tile_store<t>(
-              result.sums + pending.i * result.sums_row + pending.j + t * kTileEdge,
-              result.sums_row * sizeof(float));
+              result.sums + pending.i * result.ld_sums + pending.j + t * kTileEdge,
+              result.ld_sums * sizeof(float));
         }
       };
   const auto end_group = [&]() __attribute__((always_inline)) {
@@ -159,7 +160,7 @@ void multiply_tiles(
       const int64_t width = cols - pending.j < kPanel ? cols - pending.j : kPanel;
       end_sums<Out>(
           height, width, finished[0], kPanel, result.bias ? result.bias + pending.j : nullptr,
-          result.act, result.out + pending.i * result.out_row + pending.j, result.out_row);
+          result.act, result.out + pending.i * result.ld_out + pending.j, result.ld_out);
     }
   };
 
@@ -167,25 +168,25 @@ void multiply_tiles(
     const bfloat16_t* panel = b + j / kPanel * panel_size;
     for (int64_t i = 0; i < rows; i += kTileEdge) {
       const bfloat16_t* b_at = panel;
-      // The lines that the next group writes are asked for, two rows at each step.
+      // The lines that the next group writes are prefetched, two rows at each step.
       const char* next = reinterpret_cast<const char*>(
-          result.out ? static_cast<const void*>(result.out + (i + kTileEdge) * result.out_row + j)
-                     : result.sums + (i + kTileEdge) * result.sums_row + j);
+          result.out ? static_cast<const void*>(result.out + (i + kTileEdge) * result.ld_out + j)
+                     : result.sums + (i + kTileEdge) * result.ld_sums + j);
       const int64_t next_row =
-          result.out ? result.out_row * sizeof(Out) : result.sums_row * sizeof(float);
+          result.out ? result.ld_out * sizeof(Out) : result.ld_sums * sizeof(float);
       constexpr int64_t kOutBytes = kAcross * kTileEdge * sizeof(Out);
       const int64_t next_bytes = result.out ? kOutBytes : kAcross * kTileEdge * sizeof(float);
 
       const auto step = [&]<bool kBegins>(
                             std::bool_constant<kBegins>, const bfloat16_t* a_at,
-                            int64_t a_row) __attribute__((always_inline)) {
+                            int64_t lda) __attribute__((always_inline)) {
         const auto load_b = [&]<int t>(std::integral_constant<int, t>)
                                 __attribute__((always_inline)) {
                                   if constexpr (t < kAcross) {
-                                    tile_load<kTileB + t % 3>(b_at + 2 * t * kTileEdge, kPairRow);
+                                    tile_load<kTileB + t % 3>(b_at + 2 * t * kTileEdge, kVnniRow);
                                   }
                                 };
-        tile_load_once<kTileA>(a_at, a_row * sizeof(bfloat16_t));
+        tile_load_once<kTileA>(a_at, lda * sizeof(bfloat16_t));
         load_b(std::integral_constant<int, 0>{});
         load_b(std::integral_constant<int, 1>{});
         for_each_of<kAcross>([&]<int t>(std::integral_constant<int, t> tile)
@@ -196,8 +197,8 @@ void multiply_tiles(
                                      }
                                      if (result.accumulate) {
                                        tile_load<t>(
-                                           result.sums + i * result.sums_row + j + t * kTileEdge,
-                                           result.sums_row * sizeof(float));
+                                           result.sums + i * result.ld_sums + j + t * kTileEdge,
+                                           result.ld_sums * sizeof(float));
                                      } else {
                                        tile_zero<t>();
                                      }
@@ -270,12 +271,12 @@ void multiply_panels(
 
 // See AmxKernels in kernels.h.
 template <class Out>
-void amx_block(
-    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* last,
-    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t sums_row, bool accumulate,
-    const float* bias, Activation act, Out* out, int64_t out_row) {
-  TileRows rows = {a, a_row, k % kTileTerms != 0 ? last : nullptr};
-  TileResult<Out> result = {sums, sums_row, accumulate, bias, act, out, out_row};
+void amx_macrokernel(
+    int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
+    const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
+    const float* bias, Activation act, Out* out, int64_t ld_out) {
+  TileRows rows = {a, lda, k % kTileTerms != 0 ? last : nullptr};
+  TileResult<Out> result = {sums, ld_sums, accumulate, bias, act, out, ld_out};
   const int64_t steps = k / kTileTerms, whole = m / kTileEdge * kTileEdge, rest = m - whole;
   if (whole > 0) {
     tile_configure(TileShapes{});
@@ -287,10 +288,10 @@ void amx_block(
       shapes.rows[t] = static_cast<uint8_t>(rest);
     }
     tile_configure(shapes);
-    rows.data += whole * a_row;
+    rows.data += whole * lda;
     rows.last += rows.last ? whole * kTileTerms : 0;
-    result.sums += sums ? whole * sums_row : 0;
-    result.out += out ? whole * out_row : 0;
+    result.sums += sums ? whole * ld_sums : 0;
+    result.out += out ? whole * ld_out : 0;
     multiply_panels<Out>(rest, cols, steps, rows, b, panel_size, result);
   }
   tile_release();
@@ -341,7 +342,7 @@ INLINE vec<float> run_pairs(const In* x, int64_t stride, int64_t n) {
 
 // A square of 16 columns of 32 terms, `in_row` from one term to the next, as 16 rows of 32 terms.
 template <class In>
-INLINE void transpose_terms(const In* in, int64_t in_row, bfloat16_t* out, int64_t out_row) {
+INLINE void transpose_terms(const In* in, int64_t in_row, bfloat16_t* out, int64_t ld_out) {
   constexpr int L = kLanes<float>;
   UNROLL
   for (int part = 0; part < kTileEdge; part += L) {
@@ -356,7 +357,7 @@ INLINE void transpose_terms(const In* in, int64_t in_row, bfloat16_t* out, int64
       transpose<float>(square);
       UNROLL
       for (int l = 0; l < L; ++l) {
-        std::memcpy(out + (part + l) * out_row + 2 * p, &square[l], sizeof(square[l]));
+        std::memcpy(out + (part + l) * ld_out + 2 * p, &square[l], sizeof(square[l]));
       }
     }
   }
@@ -366,30 +367,30 @@ INLINE void transpose_terms(const In* in, int64_t in_row, bfloat16_t* out, int64
 template <class In>
 void amx_copy(
     int64_t rows, int64_t k, const In* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
-    int64_t out_row) {
+    int64_t ld_out) {
   constexpr int64_t kRun = 2 * kLanes<float>;
   const int64_t squares = in_row == 1 ? rows / kTileEdge * kTileEdge : 0;
   const int64_t whole = k / kTileTerms * kTileTerms;
   const int64_t filled = (k + kTileTerms - 1) / kTileTerms * kTileTerms;
   for (int64_t i = 0; i < squares; i += kTileEdge) {
     for (int64_t p = 0; p < whole; p += kTileTerms) {
-      transpose_terms(in + i + p * in_col, in_col, out + i * out_row + p, out_row);
+      transpose_terms(in + i + p * in_col, in_col, out + i * ld_out + p, ld_out);
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t p = i < squares ? whole : 0; p < filled; p += kRun) {
       const int64_t n = k - p < 0 ? 0 : k - p < kRun ? k - p : kRun;
       const vec<float> pairs = run_pairs(in + i * in_row + p * in_col, in_col, n);
-      std::memcpy(out + i * out_row + p, &pairs, sizeof(pairs));
+      std::memcpy(out + i * ld_out + p, &pairs, sizeof(pairs));
     }
   }
 }
 
-// As pack_pairs, of float32 that is rounded on the way.
+// As pack_vnni, of float32 that is rounded on the way.
 void amx_pack_rounded(
     int64_t rows, int64_t cols, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
     int64_t panel_size) {
-  constexpr int64_t L = kLanes<float>, kPairRow = 2 * kPanel, kBand = 4;
+  constexpr int64_t L = kLanes<float>, kVnniRow = 2 * kPanel, kBand = 4;
   const auto keep = [](bfloat16_t* to, vec<float> pairs) {
     std::memcpy(to, &pairs, sizeof(pairs));
   };
@@ -405,7 +406,7 @@ void amx_pack_rounded(
           prefetch(even, kBand * in_row);
           prefetch(even + in_row, kBand * in_row);
           keep(
-              to + i / 2 * kPairRow,
+              to + i / 2 * kVnniRow,
               row_pairs(
                   load_strided(even, in_col, n),
                   two ? load_strided(even + in_row, in_col, n) : vec<float>{}));
@@ -425,12 +426,12 @@ void amx_pack_rounded(
       }
       transpose<float>(square);
       for (int64_t l = 0; l < L && 2 * l < n; ++l) {
-        keep(to + (r / 2 + l) * kPairRow, square[l]);
+        keep(to + (r / 2 + l) * kVnniRow, square[l]);
       }
     }
   }
 }
 
 constexpr AmxKernels kAmx = {
-    amx_copy<bfloat16_t>, amx_copy<float>, amx_pack_rounded, amx_block<bfloat16_t>,
-    amx_block<float>};
+    amx_copy<bfloat16_t>, amx_copy<float>, amx_pack_rounded, amx_macrokernel<bfloat16_t>,
+    amx_macrokernel<float>};

@@ -1,9 +1,9 @@
 // What follows the sums: bias, activation, rounding; and its gradient.
 
 template <class T>
-void finish(
+void epilogue(
     int64_t rows, int64_t cols, const acc_t<T>* in, int64_t in_row, const T* bias, Activation act,
-    T* out, int64_t out_row) {
+    T* out, int64_t ld_out) {
   using C = acc_t<T>;
   with_activation(act, [&]<Activation kAct>(Constant<kAct>) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -16,22 +16,22 @@ void finish(
             if constexpr (reads_input(kAct)) {
               v = rounded<T>(v);
             }
-            store_n(out + i * out_row + j, activated<kAct, C>(v), n);
+            store_n(out + i * ld_out + j, activated<kAct, C>(v), n);
           });
     }
   });
 }
 
 template <class T>
-void mask(
-    int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, Activation act, T* dz,
+void act_backward(
+    int64_t rows, int64_t cols, const T* dy, int64_t ld_dy, const T* y, Activation act, T* dz,
     acc_t<T>* db) {
   using C = acc_t<T>;
   with_activation(act, [&]<Activation kAct>(Constant<kAct>) {
     for (int64_t i = 0; i < rows; ++i) {
       for_vectors<C>(
           cols, BODY {
-            vec<C> g = load_n(dy + i * dy_row + j, n);
+            vec<C> g = load_n(dy + i * ld_dy + j, n);
             if constexpr (kAct != Activation::kNone) {
               g = activation_gradient<kAct, C>(g, load_n(y + i * cols + j, n));
               if constexpr (kAct != Activation::kRelu) {

@@ -70,11 +70,11 @@ MYLAYERS_TARGET(MYLAYERS_HAS_AVX512_BF16)
 #include "amx-inl.h"
 
 MYLAYERS_TARGET_END
-constexpr PairKernels kPairs = {
-    pack<bfloat16_t, bfloat16_t>, pack_pairs, pair_block, pair_stream, pair_stream_many};
+constexpr VnniKernels kVnni = {
+    pack<bfloat16_t, bfloat16_t>, pack_vnni, vnni_macrokernel, vnni_skinny, vnni_skinny_many};
 #else
-constexpr PairKernels kPairs = {
-    pack<bfloat16_t, bfloat16_t>, pack_pairs, nullptr, nullptr, nullptr};
+constexpr VnniKernels kVnni = {
+    pack<bfloat16_t, bfloat16_t>, pack_vnni, nullptr, nullptr, nullptr};
 #if defined(MYLAYERS_TILE_MODEL)  // as tests have it
 #include "amx-inl.h"
 #else

@@ -37,8 +37,8 @@ using acc_t = typename Accumulate<T>::type;
 // Packed panels are this wide or less.
 constexpr int64_t kPanel = 64;
 // With so few rows of a, or so few of b, a product waits for memory.
-constexpr int64_t kStreamRows = 4;
-constexpr int64_t kStreamDepth = 8;
+constexpr int64_t kSkinnyRows = 4;
+constexpr int64_t kSkinnyTerms = 8;
 
 // Where sums for a mean are cut, whatever the number of threads: values of a run, rows of
 // columns.
@@ -48,127 +48,129 @@ constexpr int64_t kColumnChunk = 256;
 constexpr int64_t kStrip = 4096;
 
 // Where a weight is likely to be.
-enum class Source {
+enum class Residency {
   kCache,
   kMemory,
-  kMemoryByLevel2,  // of a processor that gains where level-2 cache is asked for what comes next
+  kMemoryByLevel2,  // of a processor that gains by prefetching into level 2
 };
 
-// Where block keeps what its tiles share, in the order in which they read it; null: nowhere.
+// Where a macrokernel keeps what its microkernels share, in the order in which they read it; null:
+// nowhere.
 template <class C>
-struct Copies {
+struct PackBuffers {
   C* a = nullptr;  // m * k values
-  C* b = nullptr;  // one strip of k rows
+  C* b = nullptr;  // one micropanel of k rows
 };
 
 // Inner loops over the element type C in which products are formed (float, double).
 template <class C>
 struct ProductKernels {
-  int64_t rows, strip;  // rows and columns of the largest tile
-  // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), b with unit column
-  // stride, or `in_strips` as pack_strips makes them for m rows; c0 = c if `accumulate` else 0;
-  // bias and act only if `finish`.
+  int64_t mr, nr;  // rows and columns of the largest microkernel
+  // c (m, n) = act(c0 + a (m, k) @ b (k, n) + bias), b with unit column stride, or `in_micropanels`
+  // as pack_micropanels makes them for m rows; c0 = c if `accumulate` else 0; bias and act only if
+  // `epilogue`.
   // Every c[i][j] is one chain of fused multiply-adds over k in rising order, so its
   // bits depend on neither m, n nor how k is cut into calls.
   // `first`: a is read for the first time, maybe from memory; later calls for more columns with the
-  // same copies.a read that. The first needs a whole strip of columns to fill it.
-  void (*block)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, bool first,
-      const C* b, int64_t b_row, bool in_strips, C* c, int64_t c_row, bool accumulate, bool finish,
-      const C* bias, Activation act, Copies<C> copies);
-  // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kStreamRows, an a with unit column stride
-  // and a b with unit row stride, to the same bits. `source`: of b.
-  void (*transposed)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col,
-      Source source, C* c, int64_t c_row, const C* bias, Activation act);
+  // same buffers.a read that. The first needs a whole micropanel to fill it.
+  void (*macrokernel)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, int64_t a_col, bool first,
+      const C* b, int64_t ldb, bool in_micropanels, C* c, int64_t ldc, bool accumulate,
+      bool epilogue, const C* bias, Activation act, PackBuffers<C> buffers);
+  // c (m, n) = act(a (m, k) @ b (k, n) + bias) for m <= kSkinnyRows, an a with unit column stride
+  // and a b with unit row stride, to the same bits. `residency`: of b.
+  void (*skinny_transposed)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb,
+      Residency residency, C* c, int64_t ldc, const C* bias, Activation act);
 };
 
 // Inner loops over a storage type T with accumulator C = acc_t<T>.
 template <class T>
 struct StorageKernels {
   using C = acc_t<T>;
-  // out (rows, out_row >= cols), unit column stride = in (rows, cols) with any strides;
-  // columns from cols to out_row are set to zero.
+  // out (rows, ld_out >= cols), unit column stride = in (rows, cols) with any strides;
+  // columns from cols to ld_out are set to zero.
   void (*pack)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, C* out,
-      int64_t out_row);
-  // out: in (rows, cols), with any strides, cut into strips of product<C>().strip columns or less,
-  // as m rows are multiplied best, one after another; zeros in the last one up to a whole vector.
-  void (*pack_strips)(
+      int64_t ld_out);
+  // out: in (rows, cols), with any strides, cut into micropanels of product<C>().nr columns or
+  // less, as m rows are multiplied best, one after another; zeros in the last one up to a whole
+  // vector.
+  void (*pack_micropanels)(
       int64_t rows, int64_t cols, const T* in, int64_t in_row, int64_t in_col, int64_t m, C* out);
-  // As ProductKernels::block, to the same bits, for few rows of a or of b: along all columns, for
-  // k > 0. `source` as above.
-  void (*stream)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, int64_t a_col, const T* b,
-      int64_t b_row, Source source, C* c, int64_t c_row, bool accumulate, bool finish,
+  // As ProductKernels::macrokernel, to the same bits, for few rows of a or of b: along all columns,
+  // for k > 0. `residency` as above.
+  void (*skinny)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, int64_t a_col, const T* b,
+      int64_t ldb, Residency residency, C* c, int64_t ldc, bool accumulate, bool epilogue,
       const C* bias, Activation act);
   // sums (m, n) = c0 + a (m, k) @ b (k, n) to the same bits, for more rows, b as it lies in memory;
   // a and b with unit column stride, c0 = sums if `accumulate` else 0.
-  void (*stream_many)(
-      int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const T* b, int64_t b_row,
-      Source source, C* sums, int64_t sums_row, bool accumulate);
+  void (*skinny_many)(
+      int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const T* b, int64_t ldb,
+      Residency residency, C* sums, int64_t ld_sums, bool accumulate);
   // out (rows, cols) = act(in + bias), rounded once to T.
-  void (*finish)(
+  void (*epilogue)(
       int64_t rows, int64_t cols, const C* in, int64_t in_row, const T* bias, Activation act,
-      T* out, int64_t out_row);
+      T* out, int64_t ld_out);
   // dz = dy * act'(y), rounded to T, as a function of the output y (dy itself for no
   // activation, y then null); db += column sums of dz, rows in rising order. Either of dz, db may
   // be null. dz may be dy.
-  void (*mask)(
-      int64_t rows, int64_t cols, const T* dy, int64_t dy_row, const T* y, Activation act, T* dz,
+  void (*act_backward)(
+      int64_t rows, int64_t cols, const T* dy, int64_t ld_dy, const T* y, Activation act, T* dz,
       C* db);
   // Sum of n contiguous values, n <= kRunChunk; longer runs are summed in chunks of that size,
   // whose sums are added in order.
   double (*sum)(int64_t n, const T* x);
-  // out = x - mean, the mean rounded to T. `past_caches`: out, of which every row begins a
+  // out = x - mean, the mean rounded to T. `non_temporal`: out, of which every row begins a
   // cache line, is written to memory at once, by AVX-512.
-  void (*subtract)(int64_t n, const T* x, double mean, T* out, bool past_caches);
+  void (*subtract)(int64_t n, const T* x, double mean, T* out, bool non_temporal);
   // Both, for `runs` runs of n <= kRunChunk values, one after another.
   void (*center_runs)(int64_t runs, int64_t n, const T* x, T* out);
   // sums (cols) = column sums of x (rows, cols), rows <= kColumnChunk; more rows are summed in
   // chunks of so many, whose sums are added in order.
-  void (*column_sums)(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* sums);
-  // out (rows, cols), rows x_row apart too, = x - sums / count, rounded to T; cols <= kStrip.
+  void (*column_sums)(int64_t rows, int64_t cols, const T* x, int64_t ldx, double* sums);
+  // out (rows, cols), rows ldx apart too, = x - sums / count, rounded to T; cols <= kStrip.
   void (*subtract_columns)(
-      int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
-      T* out, bool past_caches);
+      int64_t rows, int64_t cols, const T* x, int64_t ldx, const double* sums, int64_t count,
+      T* out, bool non_temporal);
   // Both, for `slices` slices of (rows, cols), one after another; cols <= kStrip.
   void (*center_columns)(
-      int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out,
-      bool past_caches);
+      int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out,
+      bool non_temporal);
 };
 
 // What the processor's 16-bit matrix units need beside it.
-struct PairKernels {
-  // out (rows, out_row >= cols) = in, a copy with unit column stride, zeros up to out_row.
+struct VnniKernels {
+  // out (rows, ld_out >= cols) = in, a copy with unit column stride, zeros up to ld_out.
   void (*copy)(
       int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
-      bfloat16_t* out, int64_t out_row);
+      bfloat16_t* out, int64_t ld_out);
   // out: panels of kPanel columns, `panel_size` apart, each (ceil(rows / 2), kPanel) pairs
   // (in[2i][j], in[2i + 1][j]): zero where in has no row, and in columns up to the next
   // multiple of 16; untouched beyond.
-  void (*pack_pairs)(
+  void (*pack_vnni)(
       int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
       bfloat16_t* out, int64_t panel_size);
   // For AVX512-BF16, null below the level of AVX-512: sums (m, cols <= kPanel), in rows of kPanel,
-  // = c0 + a @ b, a (m, 2 * pairs) with unit column stride, b a panel of pack_pairs, c0 = sums if
+  // = c0 + a @ b, a (m, 2 * pairs) with unit column stride, b a panel of pack_vnni, c0 = sums if
   // `accumulate` else 0. If out is not null, act(sums + bias), rounded once, is written there
   // instead, for an act that it applies in registers. Every sum is one chain over the pairs in
   // rising order, so its bits depend on neither m, cols nor how the pairs are cut into calls.
   // `first_panel`: a is read for the first time, maybe from memory.
-  void (*block)(
-      int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row, bool first_panel,
+  void (*macrokernel)(
+      int64_t m, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t lda, bool first_panel,
       const bfloat16_t* b, float* sums, bool accumulate, const bfloat16_t* bias, Activation act,
-      bfloat16_t* out, int64_t out_row);
-  // c (m <= kStreamRows, n) = a @ b to the same bits, from b (k, n) with unit column stride as it
+      bfloat16_t* out, int64_t ld_out);
+  // c (m <= kSkinnyRows, n) = a @ b to the same bits, from b (k, n) with unit column stride as it
   // lies in memory; a (m, k) too has unit column stride and, for an odd k, a zero behind each row.
-  void (*stream)(
-      int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-      int64_t b_row, Source source, float* c, int64_t c_row);
+  void (*skinny)(
+      int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* b,
+      int64_t ldb, Residency residency, float* c, int64_t ldc);
   // sums (m, n) = a @ b to the same bits, for more rows.
-  void (*stream_many)(
-      int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t a_row, const bfloat16_t* b,
-      int64_t b_row, Source source, float* sums, int64_t sums_row);
+  void (*skinny_many)(
+      int64_t m, int64_t n, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* b,
+      int64_t ldb, Residency residency, float* sums, int64_t ld_sums);
 };
 
 // Products on AMX; all null where there is none.
@@ -177,30 +179,28 @@ struct AmxKernels {
   // columns.
   void (*copy)(
       int64_t rows, int64_t k, const bfloat16_t* in, int64_t in_row, int64_t in_col,
-      bfloat16_t* out, int64_t out_row);
-  // The same, and PairKernels::pack_pairs, of float32, rounded on the way as PyTorch rounds it.
+      bfloat16_t* out, int64_t ld_out);
+  // The same, and VnniKernels::pack_vnni, of float32, rounded on the way as PyTorch rounds it.
   void (*copy_rounded)(
       int64_t rows, int64_t k, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
-      int64_t out_row);
+      int64_t ld_out);
   void (*pack_rounded)(
       int64_t rows, int64_t cols, const float* in, int64_t in_row, int64_t in_col, bfloat16_t* out,
       int64_t panel_size);
   // out (m, cols) = act(c0 + a (m, k) @ b (k, cols) + bias), rounded once; if out is null, sums (m,
   // cols) without bias and act instead. c0 = sums if `accumulate` else 0. a has unit column stride;
   // its last k % 32 terms are read from `last` (m, 32), zeros behind them. b: panels as
-  // PairKernels::pack_pairs makes them, with zeros in terms up to the next multiple of 32. sums has
+  // VnniKernels::pack_vnni makes them, with zeros in terms up to the next multiple of 32. sums has
   // room for whole panels. Every sum is added up 32 terms at a time, in rising order: its bits
   // depend on neither m, cols nor how k is cut into calls, at multiples of 32.
-  void (*block)(
-      int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row,
-      const bfloat16_t* last, const bfloat16_t* b, int64_t panel_size, float* sums,
-      int64_t sums_row, bool accumulate, const float* bias, Activation act, bfloat16_t* out,
-      int64_t out_row);
-  void (*block_f32)(
-      int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t a_row,
-      const bfloat16_t* last, const bfloat16_t* b, int64_t panel_size, float* sums,
-      int64_t sums_row, bool accumulate, const float* bias, Activation act, float* out,
-      int64_t out_row);
+  void (*macrokernel)(
+      int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
+      const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
+      const float* bias, Activation act, bfloat16_t* out, int64_t ld_out);
+  void (*macrokernel_f32)(
+      int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
+      const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
+      const float* bias, Activation act, float* out, int64_t ld_out);
 };
 
 // Updates of `count` elements of a parameter, as ../../optimizers.h has them; pointers to state are
@@ -234,7 +234,7 @@ struct Kernels {
   StorageKernels<double> f64;
   StorageKernels<half_t> f16;
   StorageKernels<bfloat16_t> bf16;
-  PairKernels bf16_pairs;
+  VnniKernels bf16_vnni;
   AmxKernels amx;
   UpdateKernels<float> f32_updates;
   UpdateKernels<double> f64_updates;

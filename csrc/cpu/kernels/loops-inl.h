@@ -21,7 +21,7 @@ INLINE void for_vectors(int64_t count, Body body) {
 }
 
 // The same from the last vector to the first, one at a time: by four the prefetcher lost its
-// track, and a subtraction in level-2 cache ran at 0.55 of its speed.
+// track. [lab: constants]
 template <class C, class Body>
 INLINE void for_vectors_down(int64_t count, Body body) {
   constexpr int L = kLanes<C>;

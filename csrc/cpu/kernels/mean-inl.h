@@ -20,8 +20,8 @@ INLINE void add_wide(Doubles* parts, vec<float> v) {
 }
 
 // Eight vectors are added in their own type, as a tree, then widened: three roundings that no
-// length adds to, where widening every vector first made the sum slower than memory (0.8 of
-// PyTorch's speed at 2^18 values on one thread).
+// length adds to, where widening every vector first makes the sum slower than memory.
+// [lab: constants]
 template <class T>
 double sum(int64_t count, const T* x) {
   using C = acc_t<T>;
@@ -49,21 +49,20 @@ INLINE vec<acc_t<T>> mean_of(vec<acc_t<T>> mean) {
 }
 
 // How a subtraction writes. It goes downwards: the pass of the sums went upwards, and what it has
-// read last is still in cache. Against upwards: 1.18 of the speed at 2^20 values on two threads,
-// 1.06 to 1.14 at 2^16 to 2^19 on one, 0.94 to 0.97 above 2^20 on one. It goes upwards where many
-// slices that fit in cache follow each other: downwards in each, the prefetcher starts anew at
-// every turn, and (4096, 1000) ran at 0.8 of the speed. Below AVX-512 the last is as kDown.
-enum class Way { kUp, kDown, kDownPastCaches };
+// read last is still in cache. It goes upwards where many slices that fit in cache follow each
+// other: downwards in each, the prefetcher starts anew at every turn. Below AVX-512 the last
+// is as kDown. [lab: constants]
+enum class Way { kUp, kDown, kDownNonTemporal };
 
 // out = value(j, n) for every vector of `count` elements.
 template <class T, Way kWay, class Value>
 INLINE void write_vectors(int64_t count, T* out, Value value) {
   using C = acc_t<T>;
 #if defined(MYLAYERS_HAS_STREAMING_STORES)
-  if constexpr (kWay == Way::kDownPastCaches) {
+  if constexpr (kWay == Way::kDownNonTemporal) {
     for_vectors_down<C>(
         count, BODY {
-          n == kLanes<C> ? store_past_caches(out + j, value(j, n))
+          n == kLanes<C> ? store_non_temporal(out + j, value(j, n))
                          : store_n(out + j, value(j, n), n);
         });
     return;
@@ -80,8 +79,8 @@ INLINE void write_vectors(int64_t count, T* out, Value value) {
 template <Way kWay>
 INLINE void finish_writing() {
 #if defined(MYLAYERS_HAS_STREAMING_STORES)
-  if constexpr (kWay == Way::kDownPastCaches) {
-    fence_stores_past_caches();
+  if constexpr (kWay == Way::kDownNonTemporal) {
+    fence_non_temporal_stores();
   }
 #endif
 }
@@ -95,9 +94,9 @@ void subtract_in(int64_t count, const T* x, double mean, T* out) {
 }
 
 template <class T>
-void subtract(int64_t count, const T* x, double mean, T* out, bool past_caches) {
-  (past_caches ? subtract_in<T, Way::kDownPastCaches> : subtract_in<T, Way::kDown>)(count, x, mean,
-                                                                                    out);
+void subtract(int64_t count, const T* x, double mean, T* out, bool non_temporal) {
+  (non_temporal ? subtract_in<T, Way::kDownNonTemporal> : subtract_in<T, Way::kDown>)(count, x,
+                                                                                      mean, out);
 }
 
 // Runs shorter than a vector, in blocks of many: their values are summed one after another, and
@@ -150,10 +149,10 @@ constexpr int64_t kNarrow = 64;
 // Eight rows, an eighth of the chunk apart, are added in C and then widened, for the reason that
 // `sum` has; up to seven rows are left, which are widened one by one.
 template <class T>
-void column_sums(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* sums) {
+void column_sums(int64_t rows, int64_t cols, const T* x, int64_t ldx, double* sums) {
   using C = acc_t<T>;
   constexpr int D = kDoubles;
-  const int64_t groups = rows / 8, apart = groups * x_row, added = rows - 7 * groups;
+  const int64_t groups = rows / 8, apart = groups * ldx, added = rows - 7 * groups;
   const auto eight = [&](const T* p, int n) __attribute__((always_inline)) {
     const vec<C> low = (load_n(p, n) + load_n(p + apart, n)) +
                        (load_n(p + 2 * apart, n) + load_n(p + 3 * apart, n));
@@ -172,13 +171,13 @@ void column_sums(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* 
         cols, BODY {
           Doubles parts[2] = {};
           for (int64_t i = 0; i < rows; ++i) {
-            add_wide(parts, load_n(x + i * x_row + j, n));
+            add_wide(parts, load_n(x + i * ldx + j, n));
           }
           put(j, parts, n);
         });
     return;
   }
-  if (cols <= kNarrow && cols == x_row) {
+  if (cols <= kNarrow && cols == ldx) {
     C wide[(kColumnChunk / 8 + 7) * kNarrow];
     for_vectors<C>(apart, BODY { store_n(wide + j, eight(x + j, n), n); });
     for_vectors<C>((rows - 8 * groups) * cols, BODY {
@@ -206,16 +205,16 @@ void column_sums(int64_t rows, int64_t cols, const T* x, int64_t x_row, double* 
     put(j, parts, n);
   };
   for (int64_t i = 0; i < groups; ++i) {
-    for_vectors<C>(cols, BODY { add(j, eight(x + i * x_row + j, n), n); });
+    for_vectors<C>(cols, BODY { add(j, eight(x + i * ldx + j, n), n); });
   }
   for (int64_t i = 8 * groups; i < rows; ++i) {
-    for_vectors<C>(cols, BODY { add(j, load_n(x + i * x_row + j, n), n); });
+    for_vectors<C>(cols, BODY { add(j, load_n(x + i * ldx + j, n), n); });
   }
 }
 
 template <class T, Way kWay>
 void subtract_columns_in(
-    int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
+    int64_t rows, int64_t cols, const T* x, int64_t ldx, const double* sums, int64_t count,
     T* out) {
   using C = acc_t<T>;
   constexpr int L = kLanes<C>;
@@ -224,7 +223,7 @@ void subtract_columns_in(
     mean[j] = static_cast<C>(sums[j] / static_cast<double>(count));
   }
   for_vectors<C>(cols, BODY { store_n(mean + j, mean_of<T>(load_n(mean + j, n)), n); });
-  if (cols <= kNarrow && cols == x_row) {
+  if (cols <= kNarrow && cols == ldx) {
     // The means of L rows, or of fewer, are a whole number of vectors.
     int64_t repeats = L;
     for (; repeats / 2 * cols >= 4 * L && repeats / 2 * cols % L == 0; repeats /= 2) {
@@ -245,7 +244,7 @@ void subtract_columns_in(
     return;
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (kWay == Way::kUp ? i : rows - 1 - i) * x_row;
+    const int64_t at = (kWay == Way::kUp ? i : rows - 1 - i) * ldx;
     write_vectors<T, kWay>(
         cols, out + at, BODY { return load_n(x + at + j, n) - load_n(mean + j, n); });
   }
@@ -254,10 +253,10 @@ void subtract_columns_in(
 
 template <class T>
 void subtract_columns(
-    int64_t rows, int64_t cols, const T* x, int64_t x_row, const double* sums, int64_t count,
-    T* out, bool past_caches) {
-  (past_caches ? subtract_columns_in<T, Way::kDownPastCaches>
-               : subtract_columns_in<T, Way::kDown>)(rows, cols, x, x_row, sums, count, out);
+    int64_t rows, int64_t cols, const T* x, int64_t ldx, const double* sums, int64_t count, T* out,
+    bool non_temporal) {
+  (non_temporal ? subtract_columns_in<T, Way::kDownNonTemporal>
+                : subtract_columns_in<T, Way::kDown>)(rows, cols, x, ldx, sums, count, out);
 }
 
 // Values of a slice up to which its columns are subtracted from upwards too.
@@ -265,22 +264,22 @@ constexpr int64_t kSmallSlice = 1 << 15;
 
 template <class T>
 void center_columns(
-    int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t x_row, T* out,
-    bool past_caches) {
-  for (int64_t s = 0; s < slices; ++s, x += rows * x_row, out += rows * x_row) {
+    int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out,
+    bool non_temporal) {
+  for (int64_t s = 0; s < slices; ++s, x += rows * ldx, out += rows * ldx) {
     double total[kStrip], chunk[kStrip];
     for (int64_t i = 0; i < rows; i += kColumnChunk) {
       column_sums(
-          rows - i < kColumnChunk ? rows - i : kColumnChunk, cols, x + i * x_row, x_row,
+          rows - i < kColumnChunk ? rows - i : kColumnChunk, cols, x + i * ldx, ldx,
           i == 0 ? total : chunk);
       for (int64_t j = 0; i > 0 && j < cols; ++j) {
         total[j] += chunk[j];
       }
     }
-    if (rows * cols <= kSmallSlice && !past_caches) {
-      subtract_columns_in<T, Way::kUp>(rows, cols, x, x_row, total, rows, out);
+    if (rows * cols <= kSmallSlice && !non_temporal) {
+      subtract_columns_in<T, Way::kUp>(rows, cols, x, ldx, total, rows, out);
     } else {
-      subtract_columns(rows, cols, x, x_row, total, rows, out, past_caches);
+      subtract_columns(rows, cols, x, ldx, total, rows, out, non_temporal);
     }
   }
 }

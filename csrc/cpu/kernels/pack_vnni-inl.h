@@ -10,7 +10,7 @@ INLINE void store_pairs(
 }
 
 // Columns from `first` to `width` of one row of pairs, and zeros up to a multiple of 16.
-INLINE void pack_pair_row(
+INLINE void pack_vnni_row(
     const bfloat16_t* even, const bfloat16_t* odd, int64_t stride, int64_t first, int64_t width,
     bfloat16_t* pairs) {
   constexpr int L = kLanes<float>;
@@ -21,9 +21,9 @@ INLINE void pack_pair_row(
   }
 }
 
-#if !defined(MYLAYERS_HAS_PACK_WHOLE_PAIR_ROW)
+#if !defined(MYLAYERS_HAS_PACK_WHOLE_VNNI_ROW)
 // The same of a whole panel with unit stride.
-INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
+INLINE void pack_whole_vnni_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
   UNROLL
   for (int64_t j = 0; j < kPanel; j += kLanes<float>) {
     store_pairs(pairs + 2 * j, even + j, odd + j, 1, kLanes<float>);
@@ -32,13 +32,13 @@ INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, b
 #endif
 
 // Two rows of b side by side, as the processor's 16-bit multiply-adds want them. Memory is read in
-// long runs, four whole rows at a time or whole columns, the rows below being asked for meanwhile:
-// 4096 x 4096 took 1.3 ms so, 1.9 without asking and 2.3 two rows at a time, on one thread.
-void pack_pairs(
+// long runs, four whole rows at a time or whole columns, the next rows being prefetched meanwhile.
+// [lab: constants]
+void pack_vnni(
     int64_t rows, int64_t cols, const bfloat16_t* in, int64_t in_row, int64_t in_col,
     bfloat16_t* out, int64_t panel_size) {
   constexpr int L = kLanes<float>;
-  constexpr int64_t out_row = 2 * kPanel, kBand = 4;
+  constexpr int64_t ld_out = 2 * kPanel, kBand = 4;
   if (in_row != 1 || in_col == 1) {
     for (int64_t r = 0; r < rows; r += kBand) {
       for (int64_t c = 0; c < cols; c += kPanel) {
@@ -47,16 +47,16 @@ void pack_pairs(
         for (int64_t i = r; i < rows && i < r + kBand; i += 2) {
           const bfloat16_t* even = in + i * in_row + c * in_col;
           const bfloat16_t* odd = i + 1 < rows ? even + in_row : nullptr;
-          bfloat16_t* pairs = panel + i / 2 * out_row;
+          bfloat16_t* pairs = panel + i / 2 * ld_out;
           if (in_col == 1 && odd && width == kPanel) {
             UNROLL
             for (int64_t j = 0; j < kPanel; j += 32) {
               prefetch(even + j, kBand * in_row);
               prefetch(odd + j, kBand * in_row);
             }
-            pack_whole_pair_row(even, odd, pairs);
+            pack_whole_vnni_row(even, odd, pairs);
           } else {
-            pack_pair_row(even, odd, in_col, 0, width, pairs);
+            pack_vnni_row(even, odd, in_col, 0, width, pairs);
           }
         }
       }
@@ -77,14 +77,14 @@ void pack_pairs(
         });
         UNROLL
         for (int l = 0; l < L; ++l) {
-          std::memcpy(to + (r / 2 + l) * out_row + 2 * j, &square[l], sizeof(square[l]));
+          std::memcpy(to + (r / 2 + l) * ld_out + 2 * j, &square[l], sizeof(square[l]));
         }
       }
     }
     for (int64_t r = squares == kPanel ? whole : 0; r < rows; r += 2) {
-      pack_pair_row(
+      pack_vnni_row(
           from + r, r + 1 < rows ? from + r + 1 : nullptr, in_col, r < whole ? squares : 0, width,
-          to + r / 2 * out_row);
+          to + r / 2 * ld_out);
     }
   }
 }

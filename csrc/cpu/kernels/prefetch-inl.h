@@ -11,8 +11,7 @@ INLINE void prefetch(const T* p, int64_t ahead) {
       kLocality);
 }
 
-// kVectors vectors, which may lie on two lines: 1024 x 256 x 256 took 1.1 times as long with the
-// first alone.
+// kVectors vectors, which may lie on two lines.
 template <int kVectors, int kLevel = 1, class T>
 INLINE void prefetch_row(const T* p, int64_t ahead) {
   constexpr int64_t kValues = kVectors * kLanes<acc_t<T>>;
@@ -22,28 +21,28 @@ INLINE void prefetch_row(const T* p, int64_t ahead) {
   }
 }
 
-// The kSteps rows below as many of b.
+// The kSteps rows of b that follow as many.
 template <int kSteps, int kVectors, int kLevel = 2, class T>
-INLINE void prefetch_rows_below(const T* b, int64_t b_row) {
+INLINE void prefetch_next_rows(const T* b, int64_t ldb) {
   UNROLL
   for (int s = kSteps; s < 2 * kSteps; ++s) {
-    prefetch_row<kVectors, kLevel>(b, s * b_row);
+    prefetch_row<kVectors, kLevel>(b, s * ldb);
   }
 }
 
-// Rows of b that a tile which copies them asks for ahead of its step; 8 to 32 do alike.
+// Rows of b that a microkernel which copies them prefetches ahead of its step. [lab: constants]
 constexpr int64_t kAhead = 16;
-// Bytes by which a transposed b is asked for ahead: 256 and 1024 gained less.
+// Bytes by which a transposed b is prefetched ahead. [lab: constants]
 constexpr int64_t kAheadInRow = 512;
 
-// The rows of a below those of a tile: a line of them is asked for at each step, so that the next
-// tile need not wait where a comes from memory. 16384 x 256 x 256 took 1.1 times as long.
+// Prefetches the rows of a that follow those of a microkernel, a line at each step, so that the
+// next one need not wait where a comes from memory.
 template <int kRows>
-class RowsBelow {
+class NextRows {
  public:
-  INLINE RowsBelow(const void* a, int64_t row_bytes)
+  INLINE NextRows(const void* a, int64_t row_bytes)
       : at_(reinterpret_cast<uintptr_t>(a) + kRows * row_bytes), row_bytes_(row_bytes) {}
-  INLINE void ask() {
+  INLINE void prefetch() {
     __builtin_prefetch(reinterpret_cast<const void*>(at_));
     at_ += row_bytes_;
     if (++row_ == kRows) {

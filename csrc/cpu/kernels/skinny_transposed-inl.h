@@ -3,12 +3,11 @@
 // c = act(a (kRows, k) @ b (k, n) + bias) for kGroups vectors of columns, whole ones, or for one
 // that n cuts, of a and a transposed b with unit strides along k. Squares of b are transposed in
 // registers and used at once, one read of b being all that few rows of a pay for; the sums stay in
-// registers over the whole depth. From memory (kFar) its lines are asked for ahead: 4 x 4096 x 4096
-// took 1.23 times as long without, 1 x 5000 x 3000 1.39 times.
+// registers over all terms. From memory (kFar) its lines are prefetched ahead.
 template <class C, int kRows, int kGroups, bool kWhole, bool kFar>
-INLINE void transposed_columns(
-    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, Source source, C* c,
-    int64_t c_row, const C* bias, Activation act) {
+INLINE void skinny_transposed_columns(
+    int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb, Residency residency,
+    C* c, int64_t ldc, const C* bias, Activation act) {
   constexpr int L = kLanes<C>;
   constexpr int kSquares = 64 / kBytes;  // in a row of lines, which are used up once they are there
   // Beyond n the last column again. Offsets serve all groups; as many pointers would not stay in
@@ -16,13 +15,13 @@ INLINE void transposed_columns(
   int64_t offsets[L];
   UNROLL
   for (int l = 0; l < L; ++l) {
-    offsets[l] = (kWhole || l < n ? l : n - 1) * b_col;
+    offsets[l] = (kWhole || l < n ? l : n - 1) * ldb;
   }
   vec<C> sum[kGroups][kRows] = {};
   const auto add_square =
       [&]<int kSteps>(std::integer_sequence<int, kSteps>, int g, int64_t p, int steps)
           __attribute__((always_inline)) {
-            const C* first = b + g * L * b_col + p;
+            const C* first = b + g * L * ldb + p;
             vec<C> square[L];
             if constexpr (kSteps == L) {
               load_transposed<C>(square, [&](int l) { return first + offsets[l]; });
@@ -38,7 +37,7 @@ INLINE void transposed_columns(
               if (s < steps) {
                 UNROLL
                 for (int i = 0; i < kRows; ++i) {
-                  const C x = load_bits<C>(a + i * a_row + p + s);
+                  const C x = load_bits<C>(a + i * lda + p + s);
                   sum[g][i] = multiply_add<C>(splat(x), square[s], sum[g][i]);
                 }
               }
@@ -54,8 +53,8 @@ INLINE void transposed_columns(
       if constexpr (kFar) {
         UNROLL
         for (int l = 0; l < L; ++l) {
-          const C* row = b + g * L * b_col + p + offsets[l];
-          if (source == Source::kMemoryByLevel2) {
+          const C* row = b + g * L * ldb + p + offsets[l];
+          if (residency == Residency::kMemoryByLevel2) {
             prefetch<2>(row, kAheadInRow / sizeof(C));
           } else {
             prefetch(row, kAheadInRow / sizeof(C));
@@ -86,30 +85,28 @@ INLINE void transposed_columns(
     UNROLL
     for (int i = 0; i < kRows; ++i) {
       const vec<C> out = bias ? add_in_order<C>(sum[g][i], load_n(bias + g * L, lanes)) : sum[g][i];
-      store_n(c + i * c_row + g * L, activate_in_tile<C>(out, act), lanes);
+      store_n(c + i * ldc + g * L, activate_in_registers<C>(out, act), lanes);
     }
   }
 }
 
 // A sum waits for its last multiply-add, so one or two rows take two vectors of columns, unless
-// these lie in the same sets of the caches: 1 x 256 x 256 ran 1.25 times as fast so, 2 x 256 x
-// 256 1.2 times, but 1 x 1024 x 1024 at 0.8 of its speed.
+// these lie in the same sets of the caches. [lab: constants]
 template <class C, int kRows, bool kFar>
-void stream_transposed(
-    int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col, Source source, C* c,
-    int64_t c_row, const C* bias, Activation act) {
+void skinny_transposed_rows(
+    int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb, Residency residency,
+    C* c, int64_t ldc, const C* bias, Activation act) {
   constexpr int L = kLanes<C>;
   constexpr int kGroups = kRows <= 2 ? 2 : 1;
-  const bool collide = b_col * static_cast<int64_t>(sizeof(C)) % 4096 == 0;
+  const bool aliases = ldb * static_cast<int64_t>(sizeof(C)) % 4096 == 0;
   int64_t j = 0;
   const auto next = [&]<int kMany, bool kWhole>(
                         std::integer_sequence<int, kMany>, std::bool_constant<kWhole>) {
-    transposed_columns<C, kRows, kMany, kWhole, kFar>(
-        n - j, k, a, a_row, b + j * b_col, b_col, source, c + j, c_row, bias ? bias + j : nullptr,
-        act);
+    skinny_transposed_columns<C, kRows, kMany, kWhole, kFar>(
+        n - j, k, a, lda, b + j * ldb, ldb, residency, c + j, ldc, bias ? bias + j : nullptr, act);
     j += kMany * L;
   };
-  while (!collide && j + kGroups * L <= n) {
+  while (!aliases && j + kGroups * L <= n) {
     next(std::integer_sequence<int, kGroups>{}, std::true_type{});
   }
   while (j + L <= n) {
@@ -121,16 +118,17 @@ void stream_transposed(
 }
 
 template <class C>
-void transposed(
-    int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_col,
-    Source source, C* c, int64_t c_row, const C* bias, Activation act) {
-  constexpr decltype(&stream_transposed<C, 1, false>) by_rows[2][kStreamRows] = {
-      {stream_transposed<C, 1, false>, stream_transposed<C, 2, false>,
-       stream_transposed<C, 3, false>, stream_transposed<C, 4, false>},
-      {stream_transposed<C, 1, true>, stream_transposed<C, 2, true>, stream_transposed<C, 3, true>,
-       stream_transposed<C, 4, true>}};
-  by_rows[source != Source::kCache][m - 1](n, k, a, a_row, b, b_col, source, c, c_row, bias, act);
+void skinny_transposed(
+    int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb,
+    Residency residency, C* c, int64_t ldc, const C* bias, Activation act) {
+  constexpr decltype(&skinny_transposed_rows<C, 1, false>) by_rows[2][kSkinnyRows] = {
+      {skinny_transposed_rows<C, 1, false>, skinny_transposed_rows<C, 2, false>,
+       skinny_transposed_rows<C, 3, false>, skinny_transposed_rows<C, 4, false>},
+      {skinny_transposed_rows<C, 1, true>, skinny_transposed_rows<C, 2, true>,
+       skinny_transposed_rows<C, 3, true>, skinny_transposed_rows<C, 4, true>}};
+  by_rows[residency != Residency::kCache][m - 1](
+      n, k, a, lda, b, ldb, residency, c, ldc, bias, act);
   if (!row_of(act).in_registers) {
-    activate(m, n, c, c_row, act);
+    activate(m, n, c, ldc, act);
   }
 }

@@ -3,11 +3,11 @@
 template <class T>
 constexpr StorageKernels<T> kStorage = {
     pack<T, acc_t<T>>,
-    pack_strips<T>,
-    stream<T>,
-    stream_many<T>,
-    finish<T>,
-    mask<T>,
+    pack_micropanels<T>,
+    skinny<T>,
+    skinny_many<T>,
+    epilogue<T>,
+    act_backward<T>,
     sum<T>,
     subtract<T>,
     center_runs<T>,
@@ -21,13 +21,13 @@ constexpr UpdateKernels<T> kUpdates = {sgd<T>,     adam_moments<T>, adam<T>,   r
 
 constexpr Kernels kTable = {
     MYLAYERS_STRING(MYLAYERS_ISA),
-    {kTileRows, kTileVectors * kLanes<float>, block<float>, transposed<float>},
-    {kTileRows, kTileVectors * kLanes<double>, block<double>, transposed<double>},
+    {kMr, kNrVectors * kLanes<float>, macrokernel<float>, skinny_transposed<float>},
+    {kMr, kNrVectors * kLanes<double>, macrokernel<double>, skinny_transposed<double>},
     kStorage<float>,
     kStorage<double>,
     kStorage<half_t>,
     kStorage<bfloat16_t>,
-    kPairs,
+    kVnni,
     kAmx,
     kUpdates<float>,
     kUpdates<double>,

@@ -80,8 +80,7 @@ INLINE void transpose(vec<C> (&r)[kLanes<C>]) {
   });
 }
 
-// The same from memory, row l at row(l): loads join the halves, which saves a quarter to a third of
-// the shuffles.
+// The same from memory, row l at row(l): loads join the halves, which saves shuffles.
 template <class C, class Row>
 INLINE void load_transposed(vec<C> (&r)[kLanes<C>], Row row) {
   transpose_halves<C>(r, [&](int l, int m, int h) __attribute__((always_inline)) {

@@ -124,7 +124,7 @@ const Tuning& machine() {
 const Kernels& kernels() {
   static const Kernels& chosen = [&]() -> const Kernels& {
     const Kernels& found = kernels_of(machine().simd);
-    TORCH_INTERNAL_ASSERT(found.f32_product.rows == machine().tile_rows);
+    TORCH_INTERNAL_ASSERT(found.f32_product.mr == machine().mr);
     return found;
   }();
   return chosen;

@@ -3,14 +3,12 @@
 namespace mylayers::cpu {
 namespace {
 
-// Level 2 of 512 KiB in 8 ways holds 128 rows that lie 4 KiB apart: without copies 1024 x 1024 x
-// 1024 took 1.5 times as long in float32, its weight gradient 1.7 times, 256 x 256 x 256 1.15
-// times; and 8 and 16 rows of 4096 x 4096, on one thread, 1.06 to 1.1 times in runs of 2048
-// columns. [lab: avx2]
+// Level 2 of 512 KiB in 8 ways holds 128 rows that lie 4 KiB apart, so that microkernels copy what
+// they share. [lab: avx2]
 constexpr Tuning kZen3 = {
     .name = "Zen 3",
     .simd = "avx2",
-    .tile_rows = 4,
+    .mr = 4,
     .bf16 = Bf16Units::kNone,
     .skinny_max_rows_memory = 48,
     .skinny_max_rows_16bit = 32,
@@ -19,15 +17,15 @@ constexpr Tuning kZen3 = {
     .copying_min_rows = 32,
     .bands_min_rows = 0,
     .bands_max_terms = 0,
-    .memory = Source::kMemory,
+    .memory = Residency::kMemory,
 };
 
-// Float16 of 65 to 128 rows streams at 0.99 to 1.08 of the speed of microkernels on a core of its
-// own, at 0.83 to 0.94 on one that others slow down. [lab: skinny-gemm]
+// Of 65 to 128 rows, float16 is as fast in a skinny product as in microkernels on a core of its
+// own, and slower on one that others slow down. [lab: skinny-gemm]
 constexpr Tuning kZen5 = {
     .name = "Zen 5",
     .simd = "avx512",
-    .tile_rows = 6,
+    .mr = 6,
     .bf16 = Bf16Units::kDot,
     .skinny_max_rows_memory = 128,
     .skinny_max_rows_16bit = 64,
@@ -36,7 +34,7 @@ constexpr Tuning kZen5 = {
     .copying_min_rows = 0,
     .bands_min_rows = 0,
     .bands_max_terms = 0,
-    .memory = Source::kMemory,
+    .memory = Residency::kMemory,
 };
 
 // No processor in particular, and none was measured: x86 without AVX2 and FMA, and others.
@@ -44,7 +42,7 @@ constexpr Tuning kGeneric = [] {
   Tuning row = kZen3;
   row.name = "generic";
   row.simd = "generic";
-  row.tile_rows = 6;
+  row.mr = 6;
   row.measured = false;
   return row;
 }();
@@ -54,19 +52,17 @@ constexpr Tuning kNeon = [] {
   Tuning row = kZen5;
   row.name = "NEON";
   row.simd = "neon";
-  row.tile_rows = 5;
+  row.mr = 5;
   row.bf16 = Bf16Units::kNone;
   row.measured = false;
   return row;
 }();
 
-// It took 1.13 to 1.26 times as long for one row of 4096 x 4096 or 5000 x 3000 in float32 without
-// asking, 1.1 to 1.6 times of a weight (out, in), asked into level 1, and 1.11 to 1.18 times for 16
-// rows in bfloat16, where a Zen 5 takes 1.04. [lab: zen-4-prefetch]
+// As Zen 5, but it gains by prefetching into level 2. [lab: zen-4-prefetch]
 constexpr Tuning kZen4 = [] {
   Tuning row = kZen5;
   row.name = "Zen 4";
-  row.memory = Source::kMemoryByLevel2;
+  row.memory = Residency::kMemoryByLevel2;
   row.level3_bytes = int64_t{32} << 20;
   return row;
 }();

@@ -18,15 +18,15 @@ namespace mylayers::cpu {
 enum class Bf16Units { kNone, kDot, kAmx };
 
 struct Tuning {
-  const char* name;   // of the microarchitecture
-  const char* simd;   // the instruction set of its kernels: kernels/simd/
-  int64_t tile_rows;  // of its largest microkernel, the same as in kernels/blocking-inl.h
+  const char* name;  // of the microarchitecture
+  const char* simd;  // the instruction set of its kernels: kernels/simd/
+  int64_t mr;        // of its largest microkernel, the same as in kernels/blocking-inl.h
   Bf16Units bf16;
   // Whether the numbers were found on such a machine. If not, nobody knows whether our kernels are
   // faster than PyTorch's there (gemm_aten.h).
   bool measured = true;
 
-  // Rows of a. Up to so many of them b streams through as it lies (skinny products), more take
+  // Rows of a. Up to so many take a skinny product, which reads b as it lies, more take
   // microkernels: b likely from memory; 16-bit b from a cache; wider b from beyond level 2.
   // [lab: skinny-gemm]
   int64_t skinny_max_rows_memory;
@@ -34,8 +34,8 @@ struct Tuning {
   int64_t skinny_max_rows_l2_miss;
   // Columns of one task of it, at most. [lab: avx2]
   int64_t skinny_max_columns;
-  // Rows of a. Microkernels copy a strip of a b from beyond level-1 cache that so many share, or
-  // fewer from beyond level 2. 0: they copy nothing, and their kernels need not be able to.
+  // Rows of a. Microkernels copy a micropanel of a b from beyond level-1 cache that so many share,
+  // or fewer from beyond level 2. 0: they copy nothing, and their kernels need not be able to.
   // [lab: avx2]
   int64_t copying_min_rows;
   // Rows of a. From so many on, a b from beyond level-2 cache is packed and multiplied in bands:
@@ -43,9 +43,9 @@ struct Tuning {
   int64_t bands_min_rows;
   // Terms. Up to so many, any wide product of more rows is. [lab: golden-cove]
   int64_t bands_max_terms;
-  // kMemory, or kMemoryByLevel2 where a core gains by asking level 2 for what comes next.
+  // kMemory, or kMemoryByLevel2 where a core gains by prefetching into level 2.
   // [lab: zen-4-prefetch]
-  Source memory;
+  Residency memory;
   // Bytes of the level-3 cache of a processor that gains where what does not fit in it is written
   // past it. 0: none. Detected. [lab: center]
   int64_t level3_bytes = 0;
@@ -53,29 +53,25 @@ struct Tuning {
   // From here on no row differs yet.
 
   // Bytes that a weight spans, or all weights that are read in turn do, from which on it is likely
-  // to come from memory. Few rows wait for it, and stream it: 16 rows of 4096 x 4096 took 1.2 to
-  // 1.3 times as long in float32, and twice in float16, while microkernels touched 256 bytes of a
-  // row at a time. [lab: skinny-gemm]
+  // to come from memory. Few rows wait for it, and take a skinny product: microkernels would touch
+  // short pieces of its rows. [lab: skinny-gemm]
   int64_t memory_bytes = 16 << 20;
   // Bytes that a weight spans where it leaves level-2 cache, and level 1.
   int64_t level2_bytes = 1 << 20;
   int64_t level1_bytes = 1 << 15;
 
-  // Rows and columns of one task, at most. Its share of the output, of a for one depth and of b
+  // Rows and columns of one task, at most. Its share of the output, of a for one KC and of b
   // where that is packed then stay in level-2 cache, while rows of b are read in runs of 2 KiB.
   int64_t task_rows = 256;
   int64_t task_columns = 512;
-  // Rows of one of AVX512-BF16's microkernels: higher, as each packs its share of the weight. 1024
-  // x 1024 x 1024 took 1.02 to 1.07 times as long in 256 rows, 1024 x 256 x 256 1.02 to 1.05. In
-  // float16, whose sums lie in scratch memory of 1 MiB then, 1024 x 256 x 256 took 2.3 times as
-  // long. [lab: own-microkernels]
-  int64_t pair_task_rows = 1024;
+  // Rows of one of AVX512-BF16's microkernels: more, as each task packs its share of the weight.
+  // Not so in float16, whose sums would fill 1 MiB of scratch memory. [lab: constants]
+  int64_t vnni_task_rows = 1024;
   // Rows of one of bands, which packs what it reads of b less often so: whole microkernels, whose
   // share of a stays in level-2 cache beside that of b. [lab: golden-cove]
   int64_t bands_task_rows = 480;
-  // Sums of one that streams, 32 KiB of float32: it reads runs as long as level-1 cache allows. One
-  // row of 4096 x 4096, on one thread: 2.4 ms in runs of 2 KiB, 2.1 in whole rows; 4 rows of 1024 x
-  // 1024: 90 and 61 us. And of one of more rows, 256 KiB. [lab: skinny-gemm]
+  // Sums of one task of a skinny product, 32 KiB of float32: it reads runs as long as level-1 cache
+  // allows. And of one of more rows, 256 KiB. [lab: skinny-gemm]
   int64_t skinny_sums = 8192;
   int64_t skinny_many_sums = 1 << 16;
   // Multiply-adds up to which a second thread costs more than it saves: on AMX they take less time.
@@ -84,10 +80,10 @@ struct Tuning {
 
   // Terms of one pass over a task (KC), about: 256 x 64 float32, a panel, are 64 KiB. Up to
   // shallow_rows rows of a, and where microkernels copy b, twice as many, to load and store their
-  // sums half as often: 1.02 to 1.04 times as fast.
-  int64_t depth = 256;
+  // sums half as often. [lab: constants]
+  int64_t kc = 256;
   int64_t shallow_rows = 32;
-  // Columns that pay for a copy of a: 100 x 784 x 100 took 1.05 times as long with one. [lab: avx2]
+  // Columns that pay for a copy of a. [lab: constants]
   int64_t copying_min_columns = 128;
   // Terms up to which a product of 16 bits is multiplied in bands on every processor, its sums
   // going through level-1 cache instead of level 2; and the fewest rows that b is packed for then.
@@ -95,16 +91,15 @@ struct Tuning {
   int64_t bands_max_terms_16bit = 16;
   int64_t bands_flat_min_rows = 33;
 
-  // Rows up to which bfloat16 is paired on the way: 16 rows of 1024 x 1024 took 1.13 times as long
-  // with packed pairs, 32 no longer. [lab: own-microkernels]
-  int64_t pair_skinny_max_rows = 16;
-  // Values that are packed as pairs together, few rows taking long runs of b; terms, at least; and
-  // columns of one task, at most. Only one panel of them (128 KiB) and the rows of a are read again
-  // and again: 4096 x 1024 x 1024 took 1.07 times as long in tasks of 256 columns, 512 deep, that
-  // stay in level-2 cache as a whole. [lab: own-microkernels]
-  int64_t packed_pairs = 1 << 19;
-  int64_t pair_min_depth = 64;
-  int64_t pair_max_columns = 1024;
+  // Rows up to which b in bfloat16 gets the VNNI layout while it is read, and is not packed.
+  // [lab: constants]
+  int64_t vnni_skinny_max_rows = 16;
+  // Values that are packed in the VNNI layout together, few rows taking long runs of b; terms, at
+  // least; and columns of one task, at most. Only one panel of them (128 KiB) and the rows of a are
+  // read again and again, so that they need not stay in level-2 cache as a whole. [lab: constants]
+  int64_t vnni_values = 1 << 19;
+  int64_t vnni_min_kc = 64;
+  int64_t vnni_max_columns = 1024;
 };
 
 // All rows, and the one of a name, or null.

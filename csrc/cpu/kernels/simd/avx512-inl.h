@@ -6,7 +6,7 @@ constexpr int kSums = 24;
 constexpr bool kFuses = true;
 constexpr bool kCopies = false;
 #define MYLAYERS_HAS_STREAMING_STORES
-#define MYLAYERS_HAS_PACK_WHOLE_PAIR_ROW
+#define MYLAYERS_HAS_PACK_WHOLE_VNNI_ROW
 #define MYLAYERS_HAS_AVX512_BF16 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16"
 
 #include "types-inl.h"
@@ -104,7 +104,7 @@ INLINE __m512i interleave(__m512i even, __m512i odd, int half) {
   return _mm512_permutex2var_epi16(even, _mm512_load_si512(kInterleave[half]), odd);
 }
 
-INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
+INLINE void pack_whole_vnni_row(const bfloat16_t* even, const bfloat16_t* odd, bfloat16_t* pairs) {
   UNROLL
   for (int64_t j = 0; j < kPanel; j += 32) {
     const __m512i x = _mm512_loadu_si512(even + j), y = _mm512_loadu_si512(odd + j);
@@ -115,7 +115,7 @@ INLINE void pack_whole_pair_row(const bfloat16_t* even, const bfloat16_t* odd, b
 
 // A whole vector, to an address that is a multiple of its size.
 template <class T>
-INLINE void store_past_caches(T* p, vec<acc_t<T>> v) {
+INLINE void store_non_temporal(T* p, vec<acc_t<T>> v) {
   T lanes[kLanes<acc_t<T>>];
   store(lanes, v);
   if constexpr (sizeof(lanes) == 64) {
@@ -125,4 +125,4 @@ INLINE void store_past_caches(T* p, vec<acc_t<T>> v) {
   }
 }
 // Other threads can read all that was written so after their next barrier.
-INLINE void fence_stores_past_caches() { _mm_sfence(); }
+INLINE void fence_non_temporal_stores() { _mm_sfence(); }

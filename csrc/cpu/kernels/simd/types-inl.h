@@ -1,11 +1,11 @@
 // Vectors of kBytes, and what every file of simd/ defines for its instruction set.
 //
 // A set states what it has: kBytes and kRegisters, its vectors' size and number; kSums, how many of
-// them hold a tile's sums; kFuses, whether multiply_add rounds once; kCopies, whether microkernels
-// that copy what they read are compiled, as some row of machine/tuning.cpp wants; and by a macro
-// what only some have:
-// - MYLAYERS_HAS_STREAMING_STORES: store_past_caches and fence_stores_past_caches;
-// - MYLAYERS_HAS_PACK_WHOLE_PAIR_ROW: a pack_whole_pair_row better than that of pack_vnni-inl.h;
+// them hold a microkernel's sums; kFuses, whether multiply_add rounds once; kCopies, whether
+// microkernels that copy what they read are compiled, as some row of machine/tuning.cpp wants; and
+// by a macro what only some have:
+// - MYLAYERS_HAS_STREAMING_STORES: store_non_temporal and fence_non_temporal_stores;
+// - MYLAYERS_HAS_PACK_WHOLE_VNNI_ROW: a pack_whole_vnni_row better than that of pack_vnni-inl.h;
 // - MYLAYERS_HAS_AVX512_BF16: the target under which bf16_avx512-inl.h and amx-inl.h compile.
 
 template <class C>
@@ -64,8 +64,8 @@ template <class C>
 INLINE vec<C> add_in_order(vec<C> a, vec<C> b);
 
 // v, which the compiler must take from a register from here on. g++ 12 made what several
-// multiply-adds share an operand in memory of each: a tile of 4 x 64 then waited for 20 loads where
-// it needs 8, and 16 x 256 x 256 took 1.08 times as long.
+// multiply-adds share an operand in memory of each: a microkernel of 4 x 64 then waited for 20
+// loads where it needs 8.
 template <class V>
 INLINE V in_register(V v);
 
