@@ -49,7 +49,8 @@ std::optional<CenterSizes> center_sizes(const at::Tensor& input, at::IntArrayRef
 }
 
 at::Tensor center_moved(
-    const at::Tensor& input, at::IntArrayRef dims, const at::Tensor& output, CenterKernel kernel) {
+    const at::Tensor& input, at::IntArrayRef dims, const at::Tensor& output,
+    CenterFunction* kernel) {
   std::vector<int64_t> order, last;
   for (int64_t d = 0; d < input.dim(); ++d) {
     if (std::find(dims.begin(), dims.end(), d) == dims.end()) {

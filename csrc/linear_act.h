@@ -23,9 +23,24 @@ using ActivationName = std::optional<std::string_view>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // input, weight, bias
 using GradientMask = std::array<bool, 3>;
 
-using LinearActKernel = at::Tensor (*)(
+// What linear_act takes and gives, in each of its forms below.
+using LinearActFunction = at::Tensor(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     Activation activation);
+// Its backward: the gradients that the mask asks for, the others undefined. Only the weight's
+// gradient reads input, only the input's reads weight, only an activation reads output: each may be
+// none where it is not read.
+using LinearActBackwardFunction = Gradients(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask);
+// The same, the weight and its gradient (units, in_units) if `transposed`.
+using LinearBackwardFunction = Gradients(
+    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
+// act(z), and dY * act' from what that is a function of, the output or z.
+using ActivationFunction = at::Tensor(const at::Tensor& z, Activation activation);
+using ActivationBackwardFunction =
+    at::Tensor(const at::Tensor& grad_output, const at::Tensor& saved, Activation activation);
 
 // An activation by its name; ValueError for any other, or nothing.
 MYLAYERS_API Activation parse_activation(ActivationName name);
@@ -46,62 +61,33 @@ void check_linear_act_backward(
     bool transposed = false);
 
 // Through the dispatcher, or straight to where it would lead.
-MYLAYERS_API at::Tensor linear_act(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    Activation activation);
+MYLAYERS_API LinearActFunction linear_act;
 MYLAYERS_API at::Tensor linear_act_by(
     Shortcut shortcut, const at::Tensor& input, const at::Tensor& weight,
     const OptionalTensor& bias, Activation activation);
-// The gradients that the mask asks for, the others undefined. Only the weight's gradient
-// reads input, only the input's reads weight, only an activation reads output: each may be
-// none where it is not read.
-Gradients linear_act_backward(
-    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask);
+LinearActBackwardFunction linear_act_backward;
 
 // Through the dispatcher.
-at::Tensor dispatch_linear_act(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    Activation activation);
-Gradients dispatch_linear_act_backward(
-    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask);
+LinearActFunction dispatch_linear_act;
+LinearActBackwardFunction dispatch_linear_act_backward;
 
 // What the kernel computes, below Autograd, in a node of the graph.
 at::Tensor record_linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    Activation activation, LinearActKernel kernel);
+    Activation activation, LinearActFunction* kernel);
 
 // The ATen formulas: differentiable, right for every device, dtype, layout and transform.
-at::Tensor linear_act_formula(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    Activation activation);
-Gradients linear_act_backward_formula(
-    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask);
-
-// The same, the weight and its gradient (units, in_units) if `transposed`.
-Gradients linear_backward_formula(
-    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
-
-// act(z), and dY * act' from what that is a function of, the output or z.
-at::Tensor activation_formula(const at::Tensor& z, Activation activation);
-at::Tensor activation_backward_formula(
-    const at::Tensor& grad_output, const at::Tensor& saved, Activation activation);
+LinearActFunction linear_act_formula;
+LinearActBackwardFunction linear_act_backward_formula;
+LinearBackwardFunction linear_backward_formula;
+ActivationFunction activation_formula;
+ActivationBackwardFunction activation_backward_formula;
 
 // The compiled kernels; they check their arguments.
 namespace cpu {
-at::Tensor linear_act(
-    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    Activation activation);
-Gradients linear_act_backward(
-    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask);
-// The same; with `transposed`, the weight and its gradient are (units, in_units).
-Gradients linear_act_gradients(
-    const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-    const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
+LinearActFunction linear_act;
+LinearActBackwardFunction linear_act_backward;
+LinearBackwardFunction linear_act_gradients;
 }  // namespace cpu
 
 // ---- as the dispatcher passes arguments --------------------------------------------------------

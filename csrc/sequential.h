@@ -14,57 +14,46 @@
 
 namespace mylayers {
 
-using SequentialOutputs = std::vector<at::Tensor> (*)(
+// What sequential takes and gives, in each of its forms below.
+using SequentialFunction =
+    at::Tensor(const at::Tensor& input, at::TensorList parameters, const Program& program);
+// The output of every step that is no view; the last is the program's.
+using SequentialOutputsFunction = std::vector<at::Tensor>(
     const at::Tensor& input, at::TensorList parameters, const Program& program);
-
-// Through the dispatcher, or straight to where it would lead.
-MYLAYERS_API at::Tensor sequential(
-    const at::Tensor& input, at::TensorList parameters, const Program& program);
-MYLAYERS_API at::Tensor sequential_by(
-    Shortcut shortcut, const at::Tensor& input, at::TensorList parameters, const Program& program);
 // The gradients asked for, in order, from those that arrive at the outputs (undefined: none).
 // Tensors that are not read may be undefined.
-std::vector<at::Tensor> sequential_backward(
+using SequentialBackwardFunction = std::vector<at::Tensor>(
     at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
     at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
     const GradientsAskedFor& asked);
 
+// Through the dispatcher, or straight to where it would lead.
+MYLAYERS_API SequentialFunction sequential;
+MYLAYERS_API at::Tensor sequential_by(
+    Shortcut shortcut, const at::Tensor& input, at::TensorList parameters, const Program& program);
+SequentialBackwardFunction sequential_backward;
+
 // Through the dispatcher.
-at::Tensor dispatch_sequential(
-    const at::Tensor& input, at::TensorList parameters, const Program& program);
-// The output of every step that is no view; the last is the program's.
-std::vector<at::Tensor> dispatch_sequential_outputs(
-    const at::Tensor& input, at::TensorList parameters, const Program& program);
-std::vector<at::Tensor> dispatch_sequential_backward(
-    at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
-    const GradientsAskedFor& asked);
+SequentialFunction dispatch_sequential;
+SequentialOutputsFunction dispatch_sequential_outputs;
+SequentialBackwardFunction dispatch_sequential_backward;
 
 // What the kernel computes, below Autograd, in a node of the graph.
 std::vector<at::Tensor> record_sequential(
     const at::Tensor& input, at::TensorList parameters, const Program& program,
-    SequentialOutputs kernel);
+    SequentialOutputsFunction* kernel);
 
 // The layers one by one, through the dispatcher: differentiable, right for every device, dtype,
 // layout and transform.
-at::Tensor sequential_formula(
-    const at::Tensor& input, at::TensorList parameters, const Program& program);
-std::vector<at::Tensor> sequential_outputs_formula(
-    const at::Tensor& input, at::TensorList parameters, const Program& program);
-std::vector<at::Tensor> sequential_backward_formula(
-    at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
-    const GradientsAskedFor& asked);
+SequentialFunction sequential_formula;
+SequentialOutputsFunction sequential_outputs_formula;
+SequentialBackwardFunction sequential_backward_formula;
 
 // The compiled kernels; they check their arguments.
 namespace cpu {
-at::Tensor sequential(const at::Tensor& input, at::TensorList parameters, const Program& program);
-std::vector<at::Tensor> sequential_outputs(
-    const at::Tensor& input, at::TensorList parameters, const Program& program);
-std::vector<at::Tensor> sequential_backward(
-    at::TensorList grad_outputs, const at::Tensor& input, at::TensorList outputs,
-    at::TensorList parameters, c10::SymIntArrayRef flattened, const Program& program,
-    const GradientsAskedFor& asked);
+SequentialFunction sequential;
+SequentialOutputsFunction sequential_outputs;
+SequentialBackwardFunction sequential_backward;
 }  // namespace cpu
 
 // ---- as the dispatcher passes arguments --------------------------------------------------------

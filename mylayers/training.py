@@ -106,10 +106,12 @@ def _keep(criterion: Any) -> bool:
     return True
 
 
-def _is_captured() -> bool:
-    """Whether compiled autograd takes the graphs of backwards; Dynamo may not be imported yet."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and bool(getattr(module, "compiled_autograd_enabled", False))
+def _needs_no_graph(network: nn.Module) -> bool:
+    """Whether it is one of ours, and neither Dynamo nor compiled autograd takes its graph."""
+    if not isinstance(network, FusedSequential) or _is_compiling():
+        return False
+    module = sys.modules.get("torch._dynamo.compiled_autograd")  # which may not be imported yet
+    return module is None or not getattr(module, "compiled_autograd_enabled", False)
 
 
 def forward_backward(
@@ -160,7 +162,7 @@ def forward_backward(
         >>> loss.requires_grad
         False
     """
-    if isinstance(network, FusedSequential) and not _is_compiling() and not _is_captured():
+    if _needs_no_graph(network):
         loss = _C.forward_backward(network, criterion, input, target)
         if loss is None and _keep(criterion):
             loss = _C.forward_backward(network, criterion, input, target)
@@ -235,13 +237,7 @@ def training_step(
         raise TypeError(
             f"training_step: max_norm must be a number or None; got {type(max_norm).__name__}"
         )
-    if (
-        max_norm is None
-        and not _is_compiling()
-        and isinstance(network, FusedSequential)
-        and not _is_captured()
-        and optimizers.takes(optimizer)
-    ):
+    if max_norm is None and _needs_no_graph(network) and optimizers.takes(optimizer):
         done = _C.training_step(network, criterion, optimizer, input, target)
         if done is None and _keep(criterion) and optimizers.keep(optimizer):
             done = _C.training_step(network, criterion, optimizer, input, target)

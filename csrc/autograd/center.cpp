@@ -18,7 +18,7 @@ struct Center : torch::autograd::Function<Center> {
 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, at::OptionalIntArrayRef dim,
-      CenterKernel kernel) {
+      CenterFunction* kernel) {
     ctx->set_materialize_grads(false);
     if (dim.has_value()) {
       ctx->saved_data["dim"] = *dim;
@@ -55,7 +55,7 @@ TORCH_LIBRARY_IMPL(mylayers, Autograd, m) { m.impl("center", center_autograd); }
 }  // namespace
 
 at::Tensor record_center(
-    const at::Tensor& input, at::OptionalIntArrayRef dim, CenterKernel kernel) {
+    const at::Tensor& input, at::OptionalIntArrayRef dim, CenterFunction* kernel) {
   return Center::apply(input, dim, kernel);
 }
 

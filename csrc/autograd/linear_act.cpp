@@ -23,7 +23,7 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const OptionalTensor& bias, Activation activation, LinearActKernel kernel) {
+      const OptionalTensor& bias, Activation activation, LinearActFunction* kernel) {
     ctx->set_materialize_grads(false);
     at::Tensor output;
     {
@@ -125,7 +125,7 @@ TORCH_LIBRARY_IMPL(mylayers, AutocastMPS, m) {
 
 at::Tensor record_linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-    Activation activation, LinearActKernel kernel) {
+    Activation activation, LinearActFunction* kernel) {
   const bool has_bias = bias.has_value() && bias->defined();
   if (reads_input(activation)) {
     const auto is_subclass = [](const at::Tensor& t) {

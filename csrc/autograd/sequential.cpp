@@ -30,7 +30,7 @@ struct Sequential : torch::autograd::Function<Sequential> {
 
   static variable_list forward(
       AutogradContext* ctx, const at::Tensor& input, const at::TensorList& parameters,
-      const Program& program, SequentialOutputs kernel) {
+      const Program& program, SequentialOutputsFunction* kernel) {
     ctx->set_materialize_grads(false);
     variable_list outputs;
     {
@@ -170,7 +170,7 @@ TORCH_LIBRARY_IMPL(mylayers, AutocastMPS, m) {
 
 std::vector<at::Tensor> record_sequential(
     const at::Tensor& input, at::TensorList parameters, const Program& program,
-    SequentialOutputs kernel) {
+    SequentialOutputsFunction* kernel) {
   program.check_parameters(parameters);
   auto outputs = Sequential::apply(input, parameters, program, kernel);
   first_last(outputs);

@@ -10,7 +10,8 @@
 #include "activation.h"
 #include "gemm.h"
 #include "gemm_aten.h"
-#include "matrices.h"
+#include "linear_layer.h"
+#include "machine/tuning.h"
 #include "scratch.h"
 
 namespace mylayers {
@@ -23,14 +24,9 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kWidestBlock = 512;
 // Rows per thread below which layers are shared by columns, as gemm does, instead of rows.
 constexpr int64_t kLeastRows = 32;
-// Multiply-adds below which a second thread costs more than it saves.
-constexpr double kSerialWork = 1 << 19;
 
 template <class T>
-struct Layer {
-  int64_t in_units, units;
-  Matrix<T> weight;  // (in_units, units)
-  const T* bias;
+struct Layer : LinearLayer<T> {
   Activation activation;
   T* sums;    // where X @ W + b is kept, if backward reads it
   T* output;  // null: only the next layer reads it
@@ -67,7 +63,7 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
     }
   };
   const int64_t threads =
-      work <= kSerialWork || at::in_parallel_region() ? 1 : at::get_num_threads();
+      work <= machine().serial_work || at::in_parallel_region() ? 1 : at::get_num_threads();
   if (whole || widest > kWidestBlock || (threads > 1 && rows < threads * kLeastRows)) {
     run_rows(0, rows);
     return;
@@ -91,16 +87,10 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
 // linear_act's own checks and messages, for a layer whose input may never be a tensor.
 void check_layer(
     const at::Tensor& x, int64_t in_units, const LinearStep& step, at::TensorList parameters) {
-  const at::Tensor& weight = parameters[0];
-  const auto alike = [&](const at::Tensor& t) {
-    return t.device() == x.device() && t.scalar_type() == x.scalar_type();
-  };
-  if (x.dim() >= 1 && alike(weight) && weight.dim() == 2 &&
-      weight.size(step.transposed ? 1 : 0) == in_units &&
-      (!step.has_bias || (alike(parameters[1]) && parameters[1].dim() == 1 &&
-                          parameters[1].size(0) == weight.size(step.transposed ? 0 : 1)))) {
+  if (x.dim() >= 1 && are_parameters_of(step, x, in_units, parameters)) {
     return;
   }
+  const at::Tensor& weight = parameters[0];
   c10::SmallVector<int64_t, 6> sizes(x.sizes().begin(), x.sizes().end());
   if (!sizes.empty()) {
     sizes.back() = in_units;
@@ -167,21 +157,16 @@ void run_linear_steps(
       const LinearStep& linear = *step.linear;
       const auto own = program.parameters_of(linear, parameters);
       check_layer(input, in_units, linear, own);
-      const Matrix<T> w = matrix<T>(own[0]);
-      const int64_t units = own[0].size(linear.transposed ? 0 : 1);
       const T* bias = nullptr;
       if (linear.has_bias) {
         bias = data<T>(*biases.emplace_back(own[1].expect_contiguous()));
       }
-      if (!sizes.empty()) {
-        sizes.back() = units;
-      }
+      const LinearLayer<T> layer(linear, own[0], bias);
+      sizes.back() = in_units = layer.units;
       layers.push_back(
-          {in_units, units, linear.transposed ? w.transposed() : w, bias,
-           step.activation ? step.activation->activation : linear.activation,
+          {layer, step.activation ? step.activation->activation : linear.activation,
            keeps_all && step.activation ? allocate(linear) : nullptr,
            keeps_all || &step == &steps.back() ? allocate(step.last()) : nullptr});
-      in_units = units;
     }
     const Rows x(input);
     run_layers<T>(x.count, x.matrix<T>(), layers);

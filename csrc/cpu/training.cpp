@@ -7,20 +7,15 @@
 #include <algorithm>
 
 #include "linear_gradients.h"
-#include "matrices.h"
+#include "linear_layer.h"
+#include "machine/tuning.h"
 #include "scratch.h"
 
 namespace mylayers::cpu {
 namespace {
 
-// Multiply-adds of the forward up to which a chain is small: threads would not pay.
-constexpr int64_t kSmallWork = 1 << 19;
-
 template <class T>
-struct ChainLayer {
-  int64_t in_units, units;
-  Matrix<T> weight;  // (in_units, units)
-  const T* bias;
+struct ChainLayer : LinearLayer<T> {
   const LinearStep* step;
   Matrix<T> x;  // what it reads
   T* y;         // what it makes
@@ -35,16 +30,8 @@ std::vector<at::Tensor> gradients_of(
   int64_t between = 0, widest = 0, weights = 0;
   for (const LinearStep* step : program.linear_steps) {
     const at::Tensor& weight = parameters[step->first_parameter];
-    const Matrix<T> w = matrix<T>(weight);
-    ChainLayer<T> layer = {weight.size(1), weight.size(0), w, nullptr, step, {}, nullptr};
-    if (step->transposed) {
-      layer.weight = w.transposed();
-    } else {
-      std::swap(layer.in_units, layer.units);
-    }
-    if (step->has_bias) {
-      layer.bias = data<T>(parameters[step->first_parameter + 1]);
-    }
+    const T* bias = step->has_bias ? data<T>(parameters[step->first_parameter + 1]) : nullptr;
+    const ChainLayer<T> layer = {LinearLayer<T>(*step, weight, bias), step, {}, nullptr};
     between += rows * layer.units;
     widest = std::max(widest, layer.units);
     weights += weight.numel() * static_cast<int64_t>(sizeof(T));
@@ -115,22 +102,16 @@ bool is_small_chain(const at::Tensor& input, at::TensorList parameters, const Pr
   }
   int64_t in_units = input.size(1), work = 0;
   for (const LinearStep* step : program.linear_steps) {
-    const at::Tensor& weight = parameters[step->first_parameter];
-    if (weight.scalar_type() != dtype || weight.dim() != 2 ||
-        weight.size(step->transposed ? 1 : 0) != in_units) {
+    const auto own = program.parameters_of(*step, parameters);
+    if (!are_parameters_of(*step, input, in_units, own) ||
+        (step->has_bias && !own[1].is_contiguous())) {
       return false;
     }
-    in_units = weight.size(step->transposed ? 0 : 1);
-    work += weight.numel();
-    if (step->has_bias) {
-      const at::Tensor& bias = parameters[step->first_parameter + 1];
-      if (bias.scalar_type() != dtype || bias.dim() != 1 || bias.size(0) != in_units ||
-          !bias.is_contiguous()) {
-        return false;
-      }
-    }
+    in_units = own[0].size(step->transposed ? 0 : 1);
+    work += own[0].numel();
   }
-  return work <= kSmallWork && work * input.size(0) <= kSmallWork;
+  // So little that threads would not pay.
+  return static_cast<double>(work) * static_cast<double>(input.size(0)) <= machine().serial_work;
 }
 
 std::vector<at::Tensor> small_chain_gradients(

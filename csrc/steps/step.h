@@ -29,14 +29,9 @@ struct ReadByBackward {
 
 // What steps are computed with, where that is not an operator: ATen's formulas, or kernels.
 struct StepFunctions {
-  at::Tensor (*activation)(const at::Tensor& input, Activation activation);
-  // From what the derivative is a function of.
-  at::Tensor (*activation_backward)(
-      const at::Tensor& grad_output, const at::Tensor& saved, Activation activation);
-  // As linear_act_backward, the weight and its gradient in the step's layout.
-  Gradients (*linear_backward)(
-      const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
-      const OptionalTensor& output, Activation activation, GradientMask mask, bool transposed);
+  ActivationFunction* activation;
+  ActivationBackwardFunction* activation_backward;
+  LinearBackwardFunction* linear_backward;
 };
 // Differentiable, for every device and dtype.
 extern const StepFunctions kFormulas;
