@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    page for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"))
+    page
+    for pattern in ("*.md", "docs/**/*.md", "*/README.md", "csrc/*/README.md")
+    for page in ROOT.glob(pattern)
 )
 NAMES = sorted({str(page.relative_to(ROOT)) for page in PAGES})
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -74,6 +76,13 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
 def test_every_path_that_is_named_exists(name):
     named = {path for path in QUOTED.findall(prose(ROOT / name)) if "NAME" not in path}
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "csrc/cpu"])
+def test_a_folders_page_names_each_of_its_files(folder):
+    page = (ROOT / folder / "README.md").read_text()
+    files = {file.name for kind in ("py", "h", "cpp") for file in (ROOT / folder).glob(f"*.{kind}")}
+    assert {name for name in files if f"`{name}`" not in page} <= {"__init__.py"}
 
 
 def test_every_lab_page_that_the_code_names_exists():
