@@ -1,6 +1,7 @@
 """center: values and gradients against float64, accuracy of long sums, identical bits."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -37,8 +38,19 @@ every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(
 
 
 def mean_of(x: Tensor, dim: int | Sequence[int] | None) -> Tensor:
-    """In float64, every averaged dimension kept with size one."""
-    return x.detach().double().mean(tuple(range(x.dim())) if dim is None else dim, keepdim=True)
+    """In float64, every averaged dimension kept with size one.
+
+    That of float64 values is of their exact sum: PyTorch's own sum adds a value that repeats over
+    and over, and all its roundings go the same way.
+    """
+    dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    mean = x.detach().double().mean(dims, keepdim=True)
+    if x.dtype != torch.float64 or not x.numel() or not dims:
+        return mean
+    count = x.numel() // mean.numel()
+    averaged = x.detach().movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, count)
+    sums = [math.fsum(values) for values in averaged.tolist()]
+    return (mean.new_tensor(sums) / count).view(mean.shape)
 
 
 def check_values(actual: Tensor, x: Tensor, dim: int | Sequence[int] | None) -> None:
@@ -125,6 +137,12 @@ def test_any_shape_strides_and_dims_forward_and_gradient(sample):
 
 
 # ---- accuracy --------------------------------------------------------------------------
+
+
+def test_values_that_repeat_are_measured_against_their_exact_mean():
+    x = samples.drawer("repeated", torch.float64)(2, 1, 1, 2).expand(2, 512, 16, 2)
+    check_values(functional.center(x), x, None)
+    check_gradient(x, (0, 1, 2))
 
 
 @pytest.mark.parametrize("count", [10**7, 10**8])

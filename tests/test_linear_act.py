@@ -79,7 +79,8 @@ def forward_tolerance(
     if activation in OF_INPUT:  # which is rounded before
         result = torch.finfo(dtype)
         moved = 1.13 * forward_tolerance(dtype, x, weight, bias, None)
-        return moved + activation_tolerance(activation, dtype, exact) + result.eps * exact.abs()
+        rounded = result.eps * (exact.abs() + result.tiny)
+        return moved + activation_tolerance(activation, dtype, exact) + rounded
     return product_tolerance(dtype, x.shape[-1], magnitude, exact) + activation_tolerance(
         activation, dtype, exact
     )
@@ -366,6 +367,16 @@ def test_subnormal_and_nan_results_have_the_same_bits_in_every_batch(activation,
     for rows in (2, 5, 6, 7, 33, MOST_ROWS):
         output = functional.linear_act(x[:rows], weight, bias, activation)
         assert same_bits(output, one_by_one[:rows]), rows
+
+
+@pytest.mark.parametrize("activation", OF_INPUT)
+def test_float16_sums_that_round_to_subnormal_numbers_and_then_once_more(activation):
+    x = (torch.arange(-500, 500) * 2.0**-24).half()[:, None]
+    weight = torch.tensor([[0.7], [0.3]]).half()
+    for w in weight:
+        check_forward(
+            functional.linear_act, Sample("few", (x, w[None], None), {"activation": activation})
+        )
 
 
 # NaNs with signs and bits of their own meet in the sum and at the bias. That both factors of one
