@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -476,6 +476,15 @@ def _nothing_fused(net: nn.Sequential) -> nn.Sequential:
     return net
 
 
+def _iterating(net: nn.Sequential) -> nn.Sequential:
+    class Own(type(net)):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[nn.Module]:
+            return iter(self._modules.values())
+
+    net.__class__ = Own
+    return net
+
+
 # Each computes what the network does, or what is given for it.
 OBSTACLES: dict[str, Callable[[nn.Sequential], Callable[[Tensor], Tensor]]] = {
     "hook": _hooked,
@@ -485,6 +494,7 @@ OBSTACLES: dict[str, Callable[[nn.Sequential], Callable[[Tensor], Tensor]]] = {
     "pruned": _pruned,
     "subclass": lambda net: lambda x: net(x.as_subclass(_Named)).as_subclass(Tensor),
     "nothing fused": _nothing_fused,
+    "own iter": _iterating,
 }
 
 

@@ -79,7 +79,7 @@ _CALLED: dict[type[nn.Module], tuple[_Function, ...]] = {
     nn.Dropout: _functions((F, "dropout"), (dropout, "F")),
 }
 # Of any of the losses that mylayers.forward_backward knows, and of its loss.backward().
-_IN_TRAINING = _functions(
+IN_TRAINING = _functions(
     (loss, "F"),
     (F, "mse_loss"),
     (F, "smooth_l1_loss"),
@@ -91,7 +91,7 @@ _IN_TRAINING = _functions(
 )
 
 # Of any step of an optimiser, and of zero_grad.
-_IN_STEPS = _functions(
+IN_STEPS = _functions(
     *((module, module.__name__.rpartition(".")[2]) for module in _OPTIMIZERS),
     *((module, "_single_tensor_" + module.__name__.rpartition(".")[2]) for module in _OPTIMIZERS),
     *((module, "_default_to_fused_or_foreach") for module in _OPTIMIZERS),
@@ -122,13 +122,15 @@ _IN_STEPS = _functions(
         )
     ),
 )
-_HOOKS_ON_STEPS = tuple(
+HOOKS_ON_STEPS = tuple(
     (optimizer, name, getattr(optimizer, name))
     for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 )
 
-_C.watch_optimizers(_IN_STEPS, _HOOKS_ON_STEPS)
-_C.watch_functions(tuple(itertools.chain(*_CALLED.values())), _IN_TRAINING)
+BY_LAYERS = tuple(itertools.chain(*_CALLED.values()))
+
+_C.watch_optimizers(IN_STEPS, HOOKS_ON_STEPS)
+_C.watch_functions(BY_LAYERS, IN_TRAINING)
 
 
 def replaced(cls: type[nn.Module]) -> str:

@@ -7,6 +7,7 @@ call; where none fits any more, a new one is made.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -371,20 +372,27 @@ def plan(children: Iterable[nn.Module]) -> list[Chain | Unfused]:
     return _parts([_layer(child, _look(child)) for child in children])
 
 
+class _Call(IntEnum):
+    """What a call of a network comes to; ``Plan::Call`` in csrc/python/plans.h."""
+
+    OTHERWISE = 0
+    FORWARD = 1
+    PARTS = 2
+
+
 def _keep_plan(network: "FusedSequential") -> bool:
     """Let the extension know how to run the network as it is; whether there is a way."""
-    cls, own = type(network), dict(network.__dict__)
-    modules = own.get("_modules")
-    if type(modules) is not dict:
-        return False
-    version, difference = stock.judge(cls, _STOCK_NETWORK)
-    kind: stock.Kind = cls, 0, None
-    is_direct = False
-    if version and not difference.name and not any(type(name) is not str for name in own):
-        kind = cls, version, tuple(map(_entry_of_network, own))
-        is_direct = not _STOCK_NETWORK.is_shadowed_by(own) and all(name in own for name in HOOKS)
+    iterates = _C.iterates(network)
+    kind, is_stocks = _as_it_is(network, _STOCK_NETWORK, iterates)
+    called, call = kind, _Call.PARTS
+    if not iterates or not is_stocks:
+        called, is_stocks = _as_it_is(network, _STOCK_UP_TO_FORWARD, iterates)
+        call = _Call.FORWARD if is_stocks else _Call.OTHERWISE
     replaced = _C.replaced_functions()
-    children = list(modules.values())
+    if not iterates:
+        _C.keep_plan(network, kind, called, call, replaced, None)
+        return True
+    children = list(network.__dict__["_modules"].values())
     looks = list(map(_look, children))
     layers = list(map(_layer, children, looks))
     parts: list[tuple[str | None, tuple[stock.Kind, ...]]] = []
@@ -399,14 +407,28 @@ def _keep_plan(network: "FusedSequential") -> bool:
             place += 1
     if _C.replaced_functions() != replaced:  # by another thread, in between
         return False
-    _C.keep_plan(network, kind, replaced, is_direct, tuple(parts))
+    _C.keep_plan(network, kind, called, call, replaced, tuple(parts))
     return True
 
 
-def _entry_of_network(name: str) -> tuple[str, int, None]:
+def _as_it_is(network: "FusedSequential", known: Stock, iterates: bool) -> tuple[stock.Kind, bool]:
+    """The network as the extension compares it; whether a call of it is one of the stock class."""
+    cls = type(network)
+    version, difference = stock.judge(cls, known)
+    own = dict(network.__dict__) if version and not difference.name else {}
+    if not own or any(type(name) is not str for name in own):
+        return (cls, 0, None), False
+    is_stocks = not known.is_shadowed_by(own) and all(name in own for name in HOOKS)
+    entries = tuple(_entry_of_network(*item, iterates) for item in own.items())
+    return (cls, version, entries), is_stocks
+
+
+def _entry_of_network(name: str, value: object, iterates: bool) -> tuple[str, int, Any]:
     if name in HOOKS:
         return name, Must.BE_HOOKS, None
-    return name, Must.BE_MODULES if name == "_modules" else Must.BE_THERE, None
+    if name == "_modules" and iterates:
+        return name, Must.BE_MODULES, None
+    return stock.entry_of_another(name, value)
 
 
 def _is_foreign(value: object) -> bool:
@@ -532,3 +554,5 @@ class FusedSequential(nn.Sequential):
 
 
 _STOCK_NETWORK = Stock(FusedSequential())
+# A call of a module without hooks reads nothing of these before it calls forward.
+_STOCK_UP_TO_FORWARD = Stock(FusedSequential(), {"forward", "__iter__", "__getattr__"})

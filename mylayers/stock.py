@@ -63,6 +63,8 @@ HARMLESS = frozenset(
 )
 
 METACLASSES = (type, abc.ABCMeta)
+# What Module.compile puts into an instance's __dict__; None means as much as its absence.
+_COMPILED = "_compiled_call_impl"
 
 
 class Difference(NamedTuple):
@@ -86,10 +88,12 @@ class Stock:
         cls: the class.
         state: names in the ``__dict__`` of an instance.
         names: these, its parameters' and all that its classes have.
+        harmless: of the names, those that a subclass or an instance may have of its own.
     """
 
-    def __init__(self, prototype: nn.Module) -> None:
+    def __init__(self, prototype: nn.Module, also_harmless: Collection[str] = ()) -> None:
         self.cls = type(prototype)
+        self.harmless = HARMLESS.union(also_harmless)
         self.state = frozenset(vars(prototype))
         self._classes = {cls: dict(vars(cls)) for cls in self.cls.__mro__}
         self.names = (
@@ -109,7 +113,7 @@ class Stock:
                 known = name in self.names or name[:2] == "__" == name[-2:]
                 same = was is not None and was.get(name) is now.get(name)
                 allowed = (
-                    name in HARMLESS
+                    name in self.harmless
                     # CPython's own, which it gives the first class that has none above it.
                     or (name == "__dict__" and type(now.get(name)) is GetSetDescriptorType)
                     or self._is_tracing(klass, name)
@@ -128,8 +132,8 @@ class Stock:
         for name, value in own.items():
             if type(name) is not str:
                 return "a key that is no str"
-            hides = name in self.names and name not in self.state and name not in HARMLESS
-            if hides and (name != "_compiled_call_impl" or value is not None):
+            hides = name in self.names and name not in (self.state | self.harmless)
+            if hides and (name != _COMPILED or value is not None):
                 return name
         return ""
 
@@ -213,6 +217,13 @@ def _entry_of_tensor(name: str, value: Any) -> tuple[str, int, Any]:
     return name, Must.BE_WEIGHT if name == "weight" else Must.BE_BIAS, None
 
 
+def entry_of_another(name: str, value: Any) -> tuple[str, int, Any]:
+    """What must stay of an attribute that is nothing to the stock class."""
+    if name == _COMPILED:
+        return name, Must.BE_THIS, value
+    return name, Must.BE_THERE, None
+
+
 def is_empty(hooks: Any) -> bool:
     """Whether it is a dictionary of none."""
     return type(hooks) in DICTIONARIES and not hooks
@@ -246,5 +257,5 @@ def entries(
         elif name in attributes:
             found.append((name, Must.BE_THIS, value))
         else:
-            found.append((name, Must.BE_THERE, None))
+            found.append(entry_of_another(name, value))
     return tuple(found)

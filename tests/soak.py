@@ -14,14 +14,15 @@ import gc
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import mylayers
-from mylayers import CenteredLayer, FusedSequential, MyLinear, functional
+from mylayers import CenteredLayer, FusedSequential, MyLinear, _explain, _watched, functional
+from mylayers._extension import _C
 
 ALLOWED = 1 << 20  # bytes
 
@@ -68,6 +69,11 @@ def refused(call: Entry) -> Entry:
     return entry
 
 
+class Iterating(FusedSequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._modules.values())
+
+
 def entries() -> dict[str, Entry]:
     """Each way into the compiled half, on small tensors, for those calls are many."""
     torch.manual_seed(0)
@@ -75,6 +81,7 @@ def entries() -> dict[str, Entry]:
     wide, wide_weight = torch.randn(40, 24), torch.randn(24, 24)  # gives up the GIL
     net = FusedSequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
     parts = FusedSequential(nn.Linear(8, 4), nn.Softplus(), nn.Linear(4, 2))
+    iterating = Iterating(*net)
     layer, centered = MyLinear(8, 4), CenteredLayer(-1)
     target = torch.randn(2, 2)
     parameters = [weight, bias, torch.randn(4, 4)]
@@ -129,6 +136,15 @@ def entries() -> dict[str, Entry]:
         sgd.step()
         handle.remove()
 
+    def optimizer() -> None:
+        made = torch.optim.SGD(trained, lr=1e-6)
+        mylayers.optimize(nn.ReLU(), made)
+        made.step()
+
+    def watch() -> None:
+        _C.watch_functions(_watched.BY_LAYERS, _watched.IN_TRAINING)
+        _C.watch_optimizers(_watched.IN_STEPS, _watched.HOOKS_ON_STEPS)
+
     def optimize() -> None:
         mylayers.optimize(optimized)
         optimized(x)
@@ -149,10 +165,13 @@ def entries() -> dict[str, Entry]:
         "sequential, refused": refused(lambda: ops.sequential(x, parameters, "linea")),
         "sequential, backward": sequential_backward,
         "MyLinear": lambda: layer(x),
+        "MyLinear, planned anew": lambda: copy.copy(layer)(x),
         "CenteredLayer": lambda: centered(x),
         "FusedSequential": lambda: net(x),
         "FusedSequential, in parts": lambda: parts(x),
         "FusedSequential, planned anew": plan,
+        "FusedSequential, planned anew, children in a way of its own": lambda: Iterating(*net)(x),
+        "FusedSequential, children in a way of its own": lambda: iterating(x),
         "FusedSequential, under a mode": mode,
         "FusedSequential, another parameter": parameter,
         "FusedSequential, refused": refused(lambda: net(bias)),
@@ -167,10 +186,15 @@ def entries() -> dict[str, Entry]:
             lambda: mylayers.training_step(net, criterion, of_net, bias, target)
         ),
         **{f"a step of {cls.__name__}": o.step for cls, o in optimizers.items()},
+        "a step, planned anew": optimizer,
         "a step with a hook": step_refused,
         "zero_grad": zero_grad,
         "optimize and restore": optimize,
         "build_info": mylayers.build_info,
+        "the plan of a product": lambda: _explain.plan(8, 64, 64),
+        "the machines that plans are for": _C.machines,
+        "how much is known": lambda: _C.known_objects() + _C.known_optimizers(),
+        "what is watched": watch,
     }
 
 
@@ -178,6 +202,7 @@ def entries() -> dict[str, Entry]:
 SLOW = {
     "FusedSequential, copied": 20,
     "FusedSequential, pickled": 20,
+    "a step, planned anew": 20,
     "a step with a hook": 20,
     "zero_grad": 20,
     "optimize and restore": 20,

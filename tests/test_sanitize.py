@@ -20,6 +20,7 @@ import stress
 import torch
 
 from mylayers import functional
+from mylayers._extension import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -263,3 +264,20 @@ def test_every_entry_of_the_soak_is_a_call_that_works():
     assert set(soak.SLOW) <= set(entries)
     for entry in entries.values():
         entry()
+
+
+def test_the_soak_calls_every_function_of_the_extension():
+    functions = {f for name, f in vars(_C).items() if callable(f) and name[:2] != "__"}
+    entries, called = soak.entries(), set()
+
+    def seen(_frame, event, function):
+        if event == "c_call" and function in functions:
+            called.add(function)
+
+    sys.setprofile(seen)
+    try:
+        for entry in entries.values():
+            entry()
+    finally:
+        sys.setprofile(None)
+    assert {f.__name__ for f in functions - called} == set()

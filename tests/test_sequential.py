@@ -6,6 +6,7 @@ same children, whose activations round elsewhere, so that it is close and not eq
 
 import contextlib
 import copy
+import functools
 import gc
 import itertools
 import sys
@@ -1506,6 +1507,127 @@ def test_what_gives_its_children_in_a_way_of_its_own_is_not_planned_at_each_call
         monkeypatch.setattr(sequential, function, lambda *_: pytest.fail("planned"))
     for _ in range(3):
         assert same_bits(net(x), expected)
+
+
+def _iterating(net: FusedSequential) -> None:
+    class Own(FusedSequential):
+        def __iter__(self) -> Iterator[nn.Module]:
+            return iter(self._modules.values())
+
+    net.__class__ = Own
+
+
+def _forwarding(net: FusedSequential) -> None:
+    class Own(FusedSequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
+    net.__class__ = Own
+
+
+def _getting(net: FusedSequential) -> None:
+    class Own(FusedSequential):
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name)
+
+    net.__class__ = Own
+
+
+# Of these nothing but forward is the network's own.
+OWN_FORWARDS: dict[str, Callable[[FusedSequential], Any]] = {
+    "iter of its class": _iterating,
+    "forward of its class": _forwarding,
+    "getattr of its class": _getting,
+    "forward": lambda n: setattr(n, "forward", functools.partial(FusedSequential.forward, n)),
+    "ordered children": lambda n: setattr(n, "_modules", OrderedDict(n._modules)),
+}
+
+
+def calls_through_nn_module(net: FusedSequential, x: Tensor) -> int:
+    """How often a call of the network goes through ``nn.Module``'s own."""
+    count = 0
+
+    def seen(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        own = frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is net
+        count += own and event == "call"
+
+    sys.setprofile(seen)
+    try:
+        net(x)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("change", OWN_FORWARDS.values(), ids=OWN_FORWARDS)
+def test_a_call_goes_straight_to_a_forward_of_its_own(change, x):
+    net = small()
+    change(net)
+    expected = nn.Sequential.forward(net, x)
+    for _ in range(2):
+        assert_close(net(x), expected)
+    assert calls_through_nn_module(net, x) == 0
+    for register in (nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook):
+        seen: list[Any] = []
+        handle = register(net, lambda *given, seen=seen: seen.append(given))
+        assert_close(net(x), expected)
+        assert len(seen) == 1
+        assert calls_through_nn_module(net, x) == 1
+        handle.remove()
+    with net_hooks() as events:
+        assert_close(net(x), expected)
+    assert events[-1] is net
+    assert calls_through_nn_module(net, x) == 0
+    net._call_impl = lambda v: 2 * nn.Module._call_impl(net, v)
+    assert_close(net(x), 2 * expected)
+    del net._call_impl
+    net.forward = lambda v: 3 * nn.Sequential.forward(net, v)
+    assert_close(net(x), 3 * expected)
+
+
+@contextlib.contextmanager
+def net_hooks() -> Iterator[list[nn.Module]]:
+    """The modules that are called meanwhile, as a hook on all modules sees them."""
+    events: list[nn.Module] = []
+    handle = global_hooks.register_module_forward_hook(lambda m, *_: events.append(m))
+    try:
+        yield events
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("change", OWN_FORWARDS.values(), ids=OWN_FORWARDS)
+def test_a_network_that_is_as_ever_again_is_fused_again(change, x):
+    net = small()
+    children = net._modules
+    change(net)
+    net(x)
+    net.__class__, net._modules = FusedSequential, children
+    vars(net).pop("forward", None)
+    net(x)
+    assert calls_through_nn_module(net, x) == 0
+    with Calls() as calls:
+        net(x)
+    assert [name for name, _ in calls.seen if name.startswith("sequential")] != []
+
+
+@pytest.mark.parametrize("place", [None, 0, 1], ids=["network", "linear", "activation"])
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_module_that_was_compiled_taken_back_and_compiled_again(place, calls, x):
+    net = FusedSequential(nn.Linear(4, 4), nn.Tanh())
+    module = net if place is None else net[place]
+    module._compiled_call_impl = None
+    for _ in range(calls):
+        net(x)
+    expected = net(x)
+    own = type(module).forward
+    module._compiled_call_impl = lambda v: 2 * own(module, v)
+    for _ in range(2):
+        assert_close(net(x), stock(net)(x) * (2 if place is None else 1))
+    assert not torch.equal(net(x), expected)
+    module._compiled_call_impl = None
+    assert same_bits(net(x), expected)
 
 
 def test_children_in_an_ordered_dictionary_that_was_reordered(x):

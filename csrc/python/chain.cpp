@@ -93,11 +93,24 @@ uint64_t replaced_functions() { return watched().by_layers.replaced(); }
 using plans::Part;
 using plans::Plan;
 
-// Whether the class, whatever else it has, gives its children as nn.Sequential does.
-bool iterates(PyTypeObject* cls) {
-  return _PyType_Lookup(cls, names().iter) == names().iter_of_sequential.ptr() &&
-         _PyType_Lookup(cls, names().get) == names().get_of_object.ptr() &&
-         _PyType_Lookup(cls, names().modules) == nullptr;
+// The _modules of a network that gives its children as nn.Sequential does, whatever else its class
+// has; otherwise none.
+py::object iterated_modules(PyObject* network) {
+  PyTypeObject* cls = Py_TYPE(network);
+  const auto own = owned(PyObject_GenericGetDict(network, nullptr));
+  PyObject* modules = PyDict_GetItemWithError(own.ptr(), names().modules);
+  if (modules == nullptr && PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  const bool iterates = modules != nullptr && PyDict_CheckExact(modules) &&
+                        _PyType_Lookup(cls, names().iter) == names().iter_of_sequential.ptr() &&
+                        _PyType_Lookup(cls, names().get) == names().get_of_object.ptr() &&
+                        _PyType_Lookup(cls, names().modules) == nullptr;
+  return iterates ? borrowed(modules) : py::object();
+}
+
+bool iterates(const py::object& network) {
+  return static_cast<bool>(iterated_modules(network.ptr()));
 }
 
 // Whether the parameters of a linear layer are a matrix and, if there is a bias, a vector of the
@@ -272,8 +285,9 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
 }
 
 // The plan that a call of a network may follow, straight from its class's __call__; none where one
-// would do more than the parts. `found` has its _modules. `tensors` are those of a plan that is one
-// chain, the input first; none if something watches, or the input is no plain tensor.
+// would do more. `found` has the _modules of one that comes to the parts. `tensors` are those of a
+// plan that is one chain, the input first; none if something watches, or the input is no plain
+// tensor.
 std::shared_ptr<const Plan> plan_of_call(
     PyObject* network, PyObject* input, Found& found, Held& tensors) {
   if (has_global_hooks() || at::tracer::impl::is_dispatch_enabled()) {
@@ -283,8 +297,14 @@ std::shared_ptr<const Plan> plan_of_call(
   const uint64_t replaced = replaced_functions();
   return known_of<Plan>(network, [&](const Plan& plan) {
     found = {};
-    if (!plan.is_direct || plan.replaced != replaced || !fits(plan.network, network, found) ||
-        found.hooks || !found.modules || PyDict_GET_SIZE(found.modules.ptr()) != plan.siblings) {
+    if (plan.call == Plan::Call::kOtherwise || !fits(plan.called, network, found) || found.hooks) {
+      return false;
+    }
+    if (plan.call == Plan::Call::kForward) {
+      return true;
+    }
+    if (plan.replaced != replaced || !found.modules ||
+        PyDict_GET_SIZE(found.modules.ptr()) != plan.siblings) {
       return false;
     }
     if (!takes || !plan.is_one_chain()) {
@@ -306,6 +326,9 @@ PyObject* call_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto plan = plan_of_call(args[0], args[1], found, tensors);
   if (plan == nullptr) {
     return Py_NewRef(refused());
+  }
+  if (plan->call == Plan::Call::kForward) {
+    return PyObject_CallMethodOneArg(args[0], names().forward, args[1]);
   }
   return plan->is_one_chain() && !tensors.is_empty()
              ? run_program(*plan->parts[0].program, tensors)
@@ -331,46 +354,46 @@ PyObject* run_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("run_network", count, 2);
   PyObject* network = args[0];
-  const py::object own = owned(PyObject_GenericGetDict(network, nullptr));
-  PyObject* given = PyDict_GetItemWithError(own.ptr(), names().modules);
-  if (given == nullptr && PyErr_Occurred() != nullptr) {
-    throw py::error_already_set();
-  }
   const auto x = borrowed(args[1]);
-  if (given == nullptr || !PyDict_CheckExact(given)) {
-    return run_iterated(network, x).release().ptr();
-  }
-  const py::object modules = borrowed(given);
+  const py::object modules = iterated_modules(network);
   const bool watched_by_hooks = has_global_hooks();
   const uint64_t replaced = replaced_functions();
   const auto plan = known_of<Plan>(network, [&](const Plan& made) {
     Found found;
-    return made.replaced == replaced && fits(made.network, network, found) &&
-           (made.network.has_state || iterates(Py_TYPE(network))) &&
-           PyDict_GET_SIZE(modules.ptr()) == made.siblings &&
-           (watched_by_hooks || all_fit(made, modules.ptr()));
+    if (made.iterates != static_cast<bool>(modules) || !fits(made.network, network, found)) {
+      return false;
+    }
+    return !made.iterates ||
+           (made.replaced == replaced && PyDict_GET_SIZE(modules.ptr()) == made.siblings &&
+            (watched_by_hooks || all_fit(made, modules.ptr())));
   });
   if (plan == nullptr) {
-    return iterates(Py_TYPE(network)) ? Py_NewRef(refused())
-                                      : run_iterated(network, x).release().ptr();
+    return Py_NewRef(refused());
   }
-  return (watched_by_hooks ? run_one_by_one(modules, x) : run_parts(*plan, modules, x))
-      .release()
-      .ptr();
+  const auto run = [&] {
+    if (!plan->iterates) {
+      return run_iterated(network, x);
+    }
+    return watched_by_hooks ? run_one_by_one(modules, x) : run_parts(*plan, modules, x);
+  };
+  return run().release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
-// (class, its version or 0, entries or None), as plans.h has it; the replaced_functions that
-// it holds for; whether a call may go straight to the parts; the parts, each (program or None, its
-// children's kinds).
+// The network as its forward depends on it, and as a call does, each (class, its version or 0,
+// entries or None), as plans.h has it; what a call then comes to; the replaced_functions that the
+// parts hold for; these, each (program or None, its children's kinds), or None where the children
+// are given in a way of their own.
 void keep_plan(
-    const py::object& network, const py::tuple& kind, uint64_t replaced, bool is_direct,
-    const py::tuple& parts) {
+    const py::object& network, const py::tuple& kind, const py::tuple& called, int call,
+    uint64_t replaced, const std::optional<py::tuple>& parts) {
   Plan plan;
   plan.network = plans::kind_of(kind);
+  plan.called = plans::kind_of(called);
+  plan.call = static_cast<Plan::Call>(call);
   plan.replaced = replaced;
-  plan.is_direct = is_direct;
-  for (const py::handle item : parts) {
+  plan.iterates = parts.has_value();
+  for (const py::handle item : parts.value_or(py::tuple())) {
     const auto given = item.cast<py::tuple>();
     Part part;
     if (const py::object program = given[0]; !program.is_none()) {
@@ -531,6 +554,7 @@ void add_chain(py::module_& m) {
       "takes_parameters",
       py::overload_cast<const py::object&, const py::object&, int64_t>(takes_parameters));
   m.def("replaced_functions", replaced_functions);
+  m.def("iterates", iterates);
   m.def("keep_plan", keep_plan);
   m.def("keep_layer", keep_layer);
   m.def("keep_loss", keep_loss);

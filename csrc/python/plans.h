@@ -316,9 +316,18 @@ struct Part {
 };
 
 struct Plan {
-  Kind network;            // without a state, its class may do anything but iterate otherwise
-  uint64_t replaced = 0;   // which functions that layers call were, see watched_functions.h
-  bool is_direct = false;  // a call does nothing but the parts; the state then has _modules
+  // What a call without hooks comes to, as mylayers/sequential.py numbers it.
+  enum class Call {
+    kOtherwise,
+    kForward,  // to its forward, whatever that is
+    kParts,    // to nothing but the parts; the state then has _modules
+  };
+
+  Kind network;  // as forward depends on it; without a state, its class may do anything
+  Kind called;   // as a call does
+  Call call = Call::kOtherwise;
+  uint64_t replaced = 0;  // which functions that layers call were, see watched_functions.h
+  bool iterates = false;  // as nn.Sequential does; otherwise there are no parts
   Py_ssize_t siblings = 0;
   std::vector<Part> parts;
 
