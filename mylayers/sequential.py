@@ -377,15 +377,18 @@ class _Call(IntEnum):
 
     OTHERWISE = 0
     FORWARD = 1
-    PARTS = 2
+    CHILDREN = 2
 
 
 def _keep_plan(network: "FusedSequential") -> bool:
     """Let the extension know how to run the network as it is; whether there is a way."""
     iterates = _C.iterates(network)
-    kind, is_stocks = _as_it_is(network, _STOCK_NETWORK, iterates)
-    called, call = kind, _Call.PARTS
-    if not iterates or not is_stocks:
+    kind, _ = _as_it_is(network, _STOCK_NETWORK, iterates)
+    called, is_stocks = _as_it_is(
+        network, _STOCK_NETWORK if iterates else _STOCK_BUT_ITER, iterates
+    )
+    call = _Call.CHILDREN
+    if not is_stocks:
         called, is_stocks = _as_it_is(network, _STOCK_UP_TO_FORWARD, iterates)
         call = _Call.FORWARD if is_stocks else _Call.OTHERWISE
     replaced = _C.replaced_functions()
@@ -554,5 +557,7 @@ class FusedSequential(nn.Sequential):
 
 
 _STOCK_NETWORK = Stock(FusedSequential())
-# A call of a module without hooks reads nothing of these before it calls forward.
+# What reads nothing of these: forward, where the network gives its children in a way of its own; a
+# call without hooks, before it calls forward.
+_STOCK_BUT_ITER = Stock(FusedSequential(), {"__iter__", "__getattr__"})
 _STOCK_UP_TO_FORWARD = Stock(FusedSequential(), {"forward", "__iter__", "__getattr__"})

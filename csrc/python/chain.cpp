@@ -284,6 +284,18 @@ py::object run_parts(const Plan& plan, const py::object& modules, py::object x) 
   return x;
 }
 
+// Children that are given in a way of their own, which may look at what the last one did.
+py::object run_iterated(PyObject* network, py::object x) {
+  const auto children = owned(PyObject_GetIter(network));
+  while (const auto child = py::reinterpret_steal<py::object>(PyIter_Next(children.ptr()))) {
+    x = owned(PyObject_CallOneArg(child.ptr(), x.ptr()));
+  }
+  if (PyErr_Occurred() != nullptr) {
+    throw py::error_already_set();
+  }
+  return x;
+}
+
 // The plan that a call of a network may follow, straight from its class's __call__; none where one
 // would do more. `found` has the _modules of one that comes to the parts. `tensors` are those of a
 // plan that is one chain, the input first; none if something watches, or the input is no plain
@@ -300,8 +312,8 @@ std::shared_ptr<const Plan> plan_of_call(
     if (plan.call == Plan::Call::kOtherwise || !fits(plan.called, network, found) || found.hooks) {
       return false;
     }
-    if (plan.call == Plan::Call::kForward) {
-      return true;
+    if (plan.call == Plan::Call::kForward || !plan.iterates) {
+      return plan.call == Plan::Call::kForward || !iterated_modules(network);
     }
     if (plan.replaced != replaced || !found.modules ||
         PyDict_GET_SIZE(found.modules.ptr()) != plan.siblings) {
@@ -330,22 +342,14 @@ PyObject* call_network(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (plan->call == Plan::Call::kForward) {
     return PyObject_CallMethodOneArg(args[0], names().forward, args[1]);
   }
-  return plan->is_one_chain() && !tensors.is_empty()
-             ? run_program(*plan->parts[0].program, tensors)
-             : run_parts(*plan, found.modules, borrowed(args[1])).release().ptr();
+  if (plan->is_one_chain() && !tensors.is_empty()) {
+    return run_program(*plan->parts[0].program, tensors);
+  }
+  const auto x = borrowed(args[1]);
+  return (plan->iterates ? run_parts(*plan, found.modules, x) : run_iterated(args[0], x))
+      .release()
+      .ptr();
   END_HANDLE_TH_ERRORS
-}
-
-// Children that are given in a way of their own, which may look at what the last one did.
-py::object run_iterated(PyObject* network, py::object x) {
-  const auto children = owned(PyObject_GetIter(network));
-  while (const auto child = py::reinterpret_steal<py::object>(PyIter_Next(children.ptr()))) {
-    x = owned(PyObject_CallOneArg(child.ptr(), x.ptr()));
-  }
-  if (PyErr_Occurred() != nullptr) {
-    throw py::error_already_set();
-  }
-  return x;
 }
 
 // (a FusedSequential, input): its forward. Refused where nothing is known of its children as they

@@ -319,8 +319,8 @@ struct Plan {
   // What a call without hooks comes to, as mylayers/sequential.py numbers it.
   enum class Call {
     kOtherwise,
-    kForward,  // to its forward, whatever that is
-    kParts,    // to nothing but the parts; the state then has _modules
+    kForward,   // to its forward, whatever that is
+    kChildren,  // to nothing but the parts, or to children in a way of their own
   };
 
   Kind network;  // as forward depends on it; without a state, its class may do anything
