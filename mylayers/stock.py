@@ -208,10 +208,10 @@ Kind = tuple[type, int, Entries | None]
 
 
 def _entry_of_tensor(name: str, value: Any) -> tuple[str, int, Any]:
-    if name not in ("weight", "bias"):
-        return name, Must.BE_THERE, None
     if value is None:
         return name, Must.BE_THIS, None
+    if name not in ("weight", "bias"):
+        return name, Must.BE_THERE, None
     if type(value) not in TENSORS:
         return name, Must.BE_FOREIGN, None
     return name, Must.BE_WEIGHT if name == "weight" else Must.BE_BIAS, None

@@ -27,12 +27,20 @@ class _Kind(IntEnum):
     SMOOTH_L1 = 1
     HUBER = 2
     CROSS_ENTROPY = 3
+    L1 = 4
+    BCE = 5
+    BCE_WITH_LOGITS = 6
+    NLL = 7
+    KL_DIV = 8
+    KL_DIV_OF_LOGS = 9
 
 
 # What the extension is told of a loss: kind, reduction, beta or delta, the class left out.
 _Loss = tuple[_Kind, int, float, int]
 _MEAN, _SUM = map(_reduction.get_enum, ("mean", "sum"))
 _REDUCTIONS = {"mean": _MEAN, "sum": _SUM}
+# A mean of nn.KLDivLoss warns. The other number is Criterion::kBatchMean in csrc/training.h.
+_REDUCTIONS_OF_KL_DIV = {"sum": _SUM, "batchmean": 3}
 
 _State = Mapping[str, Any]
 _Rule = tuple[_Kind, float, int] | None
@@ -49,8 +57,9 @@ def _is_number(value: object) -> bool:
 
 def _smooth_l1(own: _State) -> _Rule:
     beta: Any = own.get("beta")
-    is_known = _is_number(beta) and beta > 0  # 0: PyTorch's l1_loss
-    return (_Kind.SMOOTH_L1, beta, 0) if is_known else None
+    if not _is_number(beta) or beta < 0:
+        return None
+    return (_Kind.SMOOTH_L1, beta, 0) if beta else (_Kind.L1, 0.0, 0)
 
 
 def _huber(own: _State) -> _Rule:
@@ -58,13 +67,25 @@ def _huber(own: _State) -> _Rule:
     return (_Kind.HUBER, delta, 0) if _is_number(delta) else None
 
 
+def _has_no_weights(own: _State) -> bool:
+    return own.get("_buffers") in ({"weight": None}, {"weight": None, "pos_weight": None})
+
+
+def _nll(own: _State) -> _Rule:
+    ignored = own.get("ignore_index")
+    is_known = _has_no_weights(own) and stock.is_index(ignored)
+    return (_Kind.NLL, 0.0, ignored) if is_known else None
+
+
 def _cross_entropy(own: _State) -> _Rule:
-    weights, ignored = own.get("_buffers"), own.get("ignore_index")
-    if weights != {"weight": None} or own.get("label_smoothing") != 0:
-        return None
-    if not stock.is_index(ignored):
-        return None
-    return _Kind.CROSS_ENTROPY, 0.0, ignored
+    found = _nll(own) if own.get("label_smoothing") == 0 else None
+    return found and (_Kind.CROSS_ENTROPY, *found[1:])
+
+
+def _kl_div(own: _State) -> _Rule:
+    kinds = {False: _Kind.KL_DIV, True: _Kind.KL_DIV_OF_LOGS}
+    of_logs = own.get("log_target")
+    return (kinds[of_logs], 0.0, 0) if type(of_logs) is bool else None
 
 
 _MODULES: dict[Any, Callable[[_State], _Rule]] = {
@@ -72,19 +93,30 @@ _MODULES: dict[Any, Callable[[_State], _Rule]] = {
     nn.SmoothL1Loss: _smooth_l1,
     nn.HuberLoss: _huber,
     nn.CrossEntropyLoss: _cross_entropy,
+    nn.L1Loss: lambda _: (_Kind.L1, 0.0, 0),
+    nn.BCELoss: lambda own: (_Kind.BCE, 0.0, 0) if _has_no_weights(own) else None,
+    nn.BCEWithLogitsLoss: lambda own: (
+        (_Kind.BCE_WITH_LOGITS, 0.0, 0) if _has_no_weights(own) else None
+    ),
+    nn.NLLLoss: _nll,
+    nn.KLDivLoss: _kl_div,
 }
 _STOCKS = {cls: Stock(cls()) for cls in _MODULES}
-_ATTRIBUTES = ("reduction", "beta", "delta", "ignore_index", "label_smoothing")
+_ATTRIBUTES = ("reduction", "beta", "delta", "ignore_index", "label_smoothing", "log_target")
 _FUNCTIONS: dict[Callable[..., Tensor], _Loss] = {
     F.mse_loss: (_Kind.MSE, _MEAN, 0.0, 0),
     F.smooth_l1_loss: (_Kind.SMOOTH_L1, _MEAN, 1.0, 0),
     F.huber_loss: (_Kind.HUBER, _MEAN, 1.0, 0),
     F.cross_entropy: (_Kind.CROSS_ENTROPY, _MEAN, 0.0, -100),
+    F.l1_loss: (_Kind.L1, _MEAN, 0.0, 0),
+    F.binary_cross_entropy: (_Kind.BCE, _MEAN, 0.0, 0),
+    F.binary_cross_entropy_with_logits: (_Kind.BCE_WITH_LOGITS, _MEAN, 0.0, 0),
+    F.nll_loss: (_Kind.NLL, _MEAN, 0.0, -100),
 }
 
 
 def _keep(criterion: Any) -> bool:
-    """Let the extension know what the criterion is; whether it is one that it computes."""
+    """Let the extension know what the criterion is, and whether it computes it; False: unknown."""
     cls = type(criterion)
     if cls is FunctionType and criterion in _FUNCTIONS:
         _C.keep_loss(criterion, (cls, 0, None), _FUNCTIONS[criterion])
@@ -98,11 +130,12 @@ def _keep(criterion: Any) -> bool:
         return False
     if not all(stock.is_empty(own.get(hooks)) for hooks in stock.HOOKS):
         return False
-    reduction, found = own.get("reduction"), _MODULES[cls](own)
-    if type(reduction) is not str or reduction not in _REDUCTIONS or found is None:
-        return False
-    reduction = _REDUCTIONS[reduction]
-    _C.keep_loss(criterion, (cls, version, entries), (found[0], reduction, *found[1:]))
+    named, found = own.get("reduction"), _MODULES[cls](own)
+    reductions = _REDUCTIONS_OF_KL_DIV if cls is nn.KLDivLoss else _REDUCTIONS
+    reduction = reductions.get(named) if type(named) is str else None
+    is_computed = found is not None and reduction is not None
+    loss = (found[0], reduction, *found[1:]) if is_computed else None
+    _C.keep_loss(criterion, (cls, version, entries), loss)
     return True
 
 
@@ -126,16 +159,21 @@ def forward_backward(
         return loss.detach()
 
     Where the network is a :class:`mylayers.FusedSequential` that is one chain, on the CPU, and
-    the criterion one of PyTorch's ``MSELoss``, ``SmoothL1Loss``, ``HuberLoss`` and
-    ``CrossEntropyLoss`` (classes as targets, no weights, no smoothing), as module or function, with
-    a mean or a sum, it makes no graph and needs no engine to walk it: one call computes all, to
-    the same bits. Anything that would see the graph (hooks, an input or target that requires
-    grad, transforms, autocast, anomaly mode, hooks on saved tensors, compiled autograd, a
-    profiler, a parameter in two places) leads to the three lines.
+    the criterion one of PyTorch's ``MSELoss``, ``L1Loss``, ``SmoothL1Loss``, ``HuberLoss``,
+    ``BCELoss``, ``BCEWithLogitsLoss``, ``KLDivLoss``, ``NLLLoss`` and ``CrossEntropyLoss`` (classes
+    as targets, no weights, no smoothing), as module or function, with a mean or a sum (a sum or
+    ``"batchmean"`` of ``KLDivLoss``, as a module alone), it makes no graph and needs no engine to
+    walk it: one call computes all, to the same bits. Any other criterion is called and makes its
+    graph; where this has no leaf of its own, the engine walks no more than that, and the
+    parameters get their gradients without it. Anything that would see the difference (hooks, an
+    input or target that requires grad, a loss of the parameters themselves, transforms, autocast,
+    anomaly mode, hooks on saved tensors, compiled autograd, a profiler, a parameter in two places)
+    leads to the three lines.
 
     Args:
         network: gives the output.
-        criterion: called with output and target, gives a scalar.
+        criterion: called once with output and target, or computed as such a call would; gives a
+            scalar. Any callable.
         input: the network's.
         target: what the criterion compares the output with.
 
@@ -164,8 +202,9 @@ def forward_backward(
     """
     if _needs_no_graph(network):
         loss = _C.forward_backward(network, criterion, input, target)
-        if loss is None and _keep(criterion):
-            loss = _C.forward_backward(network, criterion, input, target)
+        if loss is None:
+            entry = _C.forward_backward if _keep(criterion) else _C.forward_backward_of_call
+            loss = entry(network, criterion, input, target)
         if loss is not None and loss is not _REFUSED:
             return loss  # type: ignore[no-any-return]
     loss = criterion(network(input), target)
@@ -195,13 +234,14 @@ def training_step(
         return loss.detach()
 
     Where :func:`forward_backward` makes no graph and :func:`optimize` would take the optimiser,
-    one call computes all, to the same bits; the optimiser need not have been optimized. It leaves
+    one call computes all, to the same bits; the optimiser need not have been optimized. With any
+    other criterion the three calls that it is made of do what each can. It leaves
     parameters, their ``grad``, and the optimiser's ``state`` as those lines do and keeps nothing
     else, so that one may go from one to the other at any step.
 
     Args:
         network: gives the output.
-        criterion: called with output and target, gives a scalar.
+        criterion: as :func:`forward_backward` takes it.
         optimizer: of the network's parameters, some of them, or others.
         input: the network's.
         target: what the criterion compares the output with.

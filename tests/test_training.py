@@ -43,16 +43,38 @@ ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 CRITERIA: dict[str, Callable[..., Tensor]] = {
     **{
         f"{cls.__name__}-{reduction}": cls(reduction=reduction)
-        for cls in (nn.MSELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.CrossEntropyLoss)
+        for cls in (
+            nn.MSELoss,
+            nn.L1Loss,
+            nn.SmoothL1Loss,
+            nn.HuberLoss,
+            nn.BCELoss,
+            nn.BCEWithLogitsLoss,
+            nn.NLLLoss,
+            nn.CrossEntropyLoss,
+        )
         for reduction in ("mean", "sum")
     },
     "SmoothL1Loss-beta": nn.SmoothL1Loss(beta=0.25),
+    "SmoothL1Loss-beta 0": nn.SmoothL1Loss(beta=0),
+    "NLLLoss-ignored": nn.NLLLoss(ignore_index=1),
+    **{
+        f"KLDivLoss-{reduction}-{log_target}": nn.KLDivLoss(
+            reduction=reduction, log_target=log_target
+        )
+        for reduction in ("sum", "batchmean")
+        for log_target in (False, True)
+    },
     "HuberLoss-delta": nn.HuberLoss(delta=0.5),
     "CrossEntropyLoss-ignored": nn.CrossEntropyLoss(ignore_index=1),
     "mse_loss": F.mse_loss,
     "smooth_l1_loss": F.smooth_l1_loss,
     "huber_loss": F.huber_loss,
     "cross_entropy": F.cross_entropy,
+    "l1_loss": F.l1_loss,
+    "binary_cross_entropy": F.binary_cross_entropy,
+    "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits,
+    "nll_loss": F.nll_loss,
 }
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
@@ -75,17 +97,34 @@ def graphs() -> Iterator[list[int]]:
     made.extend(range(first, torch._C._autograd._get_sequence_nr()))
 
 
+def last_layers(criterion: Callable[..., Tensor] | None) -> list[nn.Module]:
+    """What makes a network's output one that the criterion takes."""
+    is_bce = isinstance(criterion, nn.BCELoss) or criterion is F.binary_cross_entropy
+    return [nn.Sigmoid()] if is_bce else []
+
+
+def target_for(criterion: Callable[..., Tensor] | None, values: Tensor) -> Tensor:
+    """Of rows of any values, those that the criterion takes."""
+    name = getattr(criterion, "__name__", type(criterion).__name__).lower().replace("_", "")
+    if name.startswith(("crossentropy", "nll")):
+        return values.argmax(1)
+    if name.startswith(("bce", "binary", "kl")):
+        return values.sigmoid()
+    return values
+
+
 def made(
     activation: str = "tanh",
     dtype: torch.dtype = torch.float32,
     sizes: tuple[int, ...] = (5, 7, 6, 3),
+    criterion: Callable[..., Tensor] | None = None,
 ) -> FusedSequential:
     """A network that has been called, so that what can be prepared is."""
     torch.manual_seed(sum(sizes))
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out, dtype=dtype), ACTIVATION_MODULES[activation]()]
-    network = FusedSequential(*layers[:-1])
+    network = FusedSequential(*layers[:-1], *last_layers(criterion))
     network(torch.zeros(2, sizes[0], dtype=dtype))
     return network
 
@@ -100,12 +139,7 @@ def data(
     rows: int = 4,
 ) -> tuple[Tensor, Tensor]:
     draw = drawer("training", dtype)
-    x, target = draw(rows, 5), draw(rows, 3)
-    if "cross_entropy" in getattr(criterion, "__name__", "") or isinstance(
-        criterion, nn.CrossEntropyLoss
-    ):
-        target = target.argmax(1)
-    return x, target
+    return draw(rows, 5), target_for(criterion, draw(rows, 3))
 
 
 def grads(network: nn.Module) -> list[Tensor | None]:
@@ -128,7 +162,7 @@ def assert_same(network: nn.Module, other: nn.Module) -> None:
 @every_criterion
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name is not None])
 def test_loss_and_gradients_have_the_bits_of_the_three_lines(activation, criterion, dtype):
-    network = made(activation, dtype)
+    network = made(activation, dtype, criterion=criterion)
     other, (x, target) = twin(network), data(criterion, dtype)
     with graphs() as saved:
         loss = forward_backward(network, criterion, x, target)
@@ -414,20 +448,30 @@ def smoothed_labels(network: nn.Module, x: Tensor, target: Tensor) -> Any:
     return network, nn.CrossEntropyLoss(label_smoothing=0.1), x, target.argmax(1)
 
 
-def absolute_error(network: nn.Module, x: Tensor, target: Tensor) -> Any:
-    return network, nn.SmoothL1Loss(beta=0), x, target
-
-
 def any_function(network: nn.Module, x: Tensor, target: Tensor) -> Any:
     return network, lambda output, target: (output - target).square().mean(), x, target
 
 
-def another_loss(network: nn.Module, x: Tensor, target: Tensor) -> Any:
-    return network, nn.L1Loss(), x, target
+def a_mean_that_warns(network: nn.Module, x: Tensor, target: Tensor) -> Any:
+    return network, nn.KLDivLoss(), x, target.sigmoid()
+
+
+def weighted_logits(network: nn.Module, x: Tensor, target: Tensor) -> Any:
+    criterion = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]))
+    return network, criterion, x, target.sigmoid()
+
+
+def weights_that_came_later(network: nn.Module, x: Tensor, target: Tensor) -> Any:
+    criterion = nn.BCEWithLogitsLoss()
+    forward_backward(network, criterion, x, target.sigmoid())
+    network.zero_grad()
+    criterion.pos_weight = torch.tensor([1.0, 2.0, 3.0])
+    return network, criterion, x, target.sigmoid()
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize(
     "change",
     [
@@ -453,9 +497,10 @@ def another_loss(network: nn.Module, x: Tensor, target: Tensor) -> Any:
         probabilities,
         weighted_classes,
         smoothed_labels,
-        absolute_error,
         any_function,
-        another_loss,
+        a_mean_that_warns,
+        weighted_logits,
+        weights_that_came_later,
     ],
 )
 def test_what_needs_a_graph_gets_one(change):
@@ -554,6 +599,9 @@ ERRORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
         x,
         t.argmax(1),
     ),
+    "BCE of what is no probability": lambda net, x, t: (net, nn.BCELoss(), 9 + x, t.sigmoid()),
+    "BCE sizes": lambda net, x, t: (net, nn.BCEWithLogitsLoss(), x, t[:3]),
+    "NLL class out of range": lambda net, x, t: (net, nn.NLLLoss(), x, t.argmax(1) + 1),
     "negative beta": lambda net, x, t: (net, nn.SmoothL1Loss(beta=-1.0), x, t),
     "nothing to learn": lambda net, x, t: (net.requires_grad_(False), F.mse_loss, x, t),
     "no criterion": lambda net, x, t: (net, None, x, t),

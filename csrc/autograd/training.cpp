@@ -1,26 +1,36 @@
 // Forward, loss, backward and the parameters' gradients in one call. The engine, the graph that it
-// walks and the dispatcher on the way are half of a small network's training step.
+// walks and the dispatcher on the way are half of a small network's training step; most of it is the
+// parameters', whose nodes the engine need not run.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/_log_softmax.h>
 #include <ATen/ops/_log_softmax_backward_data.h>
+#include <ATen/ops/binary_cross_entropy.h>
+#include <ATen/ops/binary_cross_entropy_backward.h>
+#include <ATen/ops/binary_cross_entropy_with_logits.h>
 #include <ATen/ops/empty_native.h>
 #include <ATen/ops/huber_loss.h>
 #include <ATen/ops/huber_loss_backward.h>
+#include <ATen/ops/kl_div.h>
+#include <ATen/ops/l1_loss.h>
 #include <ATen/ops/mse_loss.h>
 #include <ATen/ops/mse_loss_backward.h>
 #include <ATen/ops/nll_loss_backward.h>
 #include <ATen/ops/nll_loss_forward.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/smooth_l1_loss.h>
 #include <ATen/ops/smooth_l1_loss_backward.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <c10/util/irange.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../dispatch/questions.h"
 #include "../training.h"
@@ -28,6 +38,7 @@
 namespace mylayers {
 namespace {
 
+using torch::autograd::Node;
 using torch::autograd::variable_list;
 
 // Whether nothing but .grad learns of a gradient of this leaf, and takes it as it is.
@@ -42,17 +53,21 @@ bool only_accumulates(const at::Tensor& leaf) {
   return !accumulator || (accumulator->pre_hooks().empty() && accumulator->post_hooks().empty());
 }
 
+// Whether its target is a class for each row.
+bool has_classes(const Criterion& criterion) {
+  return criterion.kind == Criterion::Kind::kCrossEntropy || criterion.kind == Criterion::Kind::kNll;
+}
+
 bool takes(const Criterion& criterion, const at::Tensor& target) {
-  const bool classes = criterion.kind == Criterion::Kind::kCrossEntropy;
   return !target.requires_grad() && !target.is_inference() &&
-         (classes ? target.is_cpu() && target.layout() == at::kStrided &&
-                        target.scalar_type() == at::kLong
-                  : leads_to_cpu_kernel({&target}));
+         (has_classes(criterion)
+              ? target.is_cpu() && target.layout() == at::kStrided && target.scalar_type() == at::kLong
+              : leads_to_cpu_kernel({&target}));
 }
 
 // What PyTorch's functions do not broadcast, convert or refuse.
 bool fits(const Criterion& criterion, const at::Tensor& output, const at::Tensor& target) {
-  if (criterion.kind == Criterion::Kind::kCrossEntropy) {
+  if (has_classes(criterion)) {
     return output.dim() == 2 && target.dim() == 1 && output.size(0) == target.size(0);
   }
   return output.sizes() == target.sizes() && output.scalar_type() == target.scalar_type();
@@ -65,25 +80,35 @@ struct Loss {
 // Values up to which a loss is computed here: ATen's functions cost more than so few.
 constexpr int64_t kFew = 1 << 12;
 
-// The mean or sum of (output - target)^2, operation by operation as ATen has it. The sum is ATen's,
-// whose order of adding is its own.
+// The mean or sum of (output - target)^2 or |output - target|, operation by operation as ATen has
+// it. The sum is ATen's, whose order of adding is its own.
 template <class T>
-Loss square_loss(const at::Tensor& output, const at::Tensor& target, int64_t reduction) {
+Loss loss_of_few(
+    Criterion::Kind kind, const at::Tensor& output, const at::Tensor& target, int64_t reduction) {
   const int64_t count = output.numel();
   const bool is_mean = reduction == at::Reduction::Mean;
   const at::Tensor gradient = at::native::empty_cpu(output.sizes(), output.scalar_type());
-  const at::Tensor squares = at::native::empty_cpu({count}, output.scalar_type());
+  const at::Tensor values = at::native::empty_cpu({count}, output.scalar_type());
   const T *y = static_cast<const T*>(output.const_data_ptr()),
           *t = static_cast<const T*>(target.const_data_ptr());
   T *g = static_cast<T*>(gradient.mutable_data_ptr()),
-    *s = static_cast<T*>(squares.mutable_data_ptr());
-  const T factor = static_cast<T>(is_mean ? 2.0 / static_cast<double>(count) : 2.0);
-  for (int64_t i = 0; i < count; ++i) {
-    const T difference = y[i] - t[i];
-    s[i] = difference * difference;
-    g[i] = factor * difference;
+    *v = static_cast<T*>(values.mutable_data_ptr());
+  if (kind == Criterion::Kind::kMse) {
+    const T factor = static_cast<T>(is_mean ? 2.0 / static_cast<double>(count) : 2.0);
+    for (int64_t i = 0; i < count; ++i) {
+      const T difference = y[i] - t[i];
+      v[i] = difference * difference;
+      g[i] = factor * difference;
+    }
+  } else {
+    const T factor = is_mean ? T(1) / static_cast<T>(count) : T(1);
+    for (int64_t i = 0; i < count; ++i) {
+      const T difference = y[i] - t[i];
+      v[i] = std::abs(difference);
+      g[i] = factor * static_cast<T>((difference > 0) - (difference < 0));
+    }
   }
-  const at::Tensor value = at::cpu::sum(squares, at::IntArrayRef{}, false, std::nullopt);
+  const at::Tensor value = at::cpu::sum(values, at::IntArrayRef{}, false, std::nullopt);
   if (is_mean) {
     *static_cast<T*>(value.mutable_data_ptr()) /= static_cast<T>(count);
   }
@@ -96,34 +121,77 @@ bool is_few(const at::Tensor& output, const at::Tensor& target) {
          (output.scalar_type() == at::kFloat || output.scalar_type() == at::kDouble);
 }
 
+// What a gradient of 1 is to each of the values that a mean or a sum was made of.
+at::Tensor shares(const at::Tensor& one, const at::Tensor& of, int64_t reduction) {
+  const at::Tensor share = reduction == Criterion::kBatchMean ? one / of.size(0) : one;
+  const at::Tensor shares = share.expand(of.sizes());
+  return reduction == at::Reduction::Mean ? shares / of.numel() : shares;
+}
+
+Loss kl_div_loss(
+    const at::Tensor& one, const at::Tensor& output, const at::Tensor& target, int64_t reduction,
+    bool of_logs) {
+  const at::Tensor each = shares(one, output, reduction);
+  const at::Tensor gradient = of_logs ? -(each * target.exp()) : -each * target;
+  if (reduction != Criterion::kBatchMean) {
+    return {at::kl_div(output, target, reduction, of_logs), gradient};
+  }
+  return {at::kl_div(output, target, at::Reduction::Sum, of_logs) / output.size(0), gradient};
+}
+
 Loss compute(const Criterion& criterion, const at::Tensor& output, const at::Tensor& target) {
+  using Kind = Criterion::Kind;
   const auto [kind, reduction, constant, ignored] = criterion;
-  if (kind == Criterion::Kind::kMse && is_few(output, target)) {
-    return output.scalar_type() == at::kFloat ? square_loss<float>(output, target, reduction)
-                                              : square_loss<double>(output, target, reduction);
+  if ((kind == Kind::kMse || kind == Kind::kL1) && is_few(output, target)) {
+    return output.scalar_type() == at::kFloat
+               ? loss_of_few<float>(kind, output, target, reduction)
+               : loss_of_few<double>(kind, output, target, reduction);
   }
   const at::Tensor one = at::ones({}, output.options());
   switch (kind) {
-    case Criterion::Kind::kMse:
+    case Kind::kMse:
       return {
           at::mse_loss(output, target, reduction),
           at::mse_loss_backward(one, output, target, reduction)};
-    case Criterion::Kind::kSmoothL1:
+    case Kind::kSmoothL1:
       return {
           at::smooth_l1_loss(output, target, reduction, constant),
           at::smooth_l1_loss_backward(one, output, target, reduction, constant)};
-    case Criterion::Kind::kHuber:
+    case Kind::kHuber:
       return {
           at::huber_loss(output, target, reduction, constant),
           at::huber_loss_backward(one, output, target, reduction, constant)};
-    case Criterion::Kind::kCrossEntropy:
+    case Kind::kL1:
+      return {
+          at::l1_loss(output, target, reduction),
+          shares(one, output, reduction) * (output - target).sgn()};
+    case Kind::kBinaryCrossEntropy:
+      return {
+          at::binary_cross_entropy(output, target, {}, reduction),
+          at::binary_cross_entropy_backward(one, output, target, {}, reduction)};
+    case Kind::kBinaryCrossEntropyWithLogits: {
+      at::Tensor gradient = output.sigmoid().sub_(target);
+      if (reduction == at::Reduction::Mean) {
+        gradient.div_(output.numel());
+      }
+      return {
+          at::binary_cross_entropy_with_logits(output, target, {}, {}, reduction), gradient};
+    }
+    case Kind::kKlDiv:
+    case Kind::kKlDivOfLogs:
+      return kl_div_loss(one, output, target, reduction, kind == Kind::kKlDivOfLogs);
+    case Kind::kCrossEntropy:
+    case Kind::kNll:
       break;
   }
-  const at::Tensor logs = at::_log_softmax(output, 1, false);
+  const at::Tensor logs = kind == Kind::kNll ? output : at::_log_softmax(output, 1, false);
   const auto [value, weight] = at::nll_loss_forward(logs, target, {}, reduction, ignored);
   const at::Tensor grad_logs =
       at::nll_loss_backward(one, logs, target, {}, reduction, ignored, weight);
-  return {value, at::_log_softmax_backward_data(grad_logs, logs, 1, output.scalar_type())};
+  return {
+      value, kind == Kind::kNll
+                 ? grad_logs
+                 : at::_log_softmax_backward_data(grad_logs, logs, 1, output.scalar_type())};
 }
 
 // As AccumulateGrad does where it need not add: the gradient itself, if nothing else holds it.
@@ -140,7 +208,95 @@ void accumulate(const at::Tensor& leaf, at::Tensor gradient) {
   (*torch::autograd::impl::grad_accumulator(leaf))(std::move(gradients));
 }
 
+// ---- any loss ----------------------------------------------------------------------------------
+
+bool has_hooks(Node& node) {
+  return !node.pre_hooks().empty() || !node.post_hooks().empty() ||
+         !node.tensor_pre_hooks().empty() || !node.retains_grad_hooks().empty();
+}
+
+// Whether all gradients go from here to the one node, without hooks on their way.
+bool leads_only_to(const Node& end, Node* from) {
+  constexpr size_t kMany = 64;  // whose engine is no longer what takes the time
+  c10::SmallVector<Node*, kMany> nodes = {from};
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    Node& node = *nodes[i];
+    bool goes_on = &node == &end;
+    if (has_hooks(node)) {
+      return false;
+    }
+    for (size_t e = 0; !(&node == &end) && e < node.num_outputs(); ++e) {
+      Node* next = node.next_edge(e).function.get();
+      if (next == nullptr) {
+        continue;
+      }
+      goes_on = true;
+      if (std::find(nodes.begin(), nodes.end(), next) == nodes.end()) {
+        if (nodes.size() == kMany) {
+          return false;
+        }
+        nodes.push_back(next);
+      }
+    }
+    if (!goes_on) {
+      return false;  // a leaf of the loss's own
+    }
+  }
+  return std::find(nodes.begin() + 1, nodes.end(), &end) != nodes.end();
+}
+
+// The leaves that the node's gradients go to, undefined where there is none; whether they are
+// leaves, none twice, that only take them.
+bool find_leaves(const Node& node, variable_list& leaves) {
+  for (const torch::autograd::Edge& edge : node.next_edges()) {
+    if (!edge.is_valid()) {
+      leaves.emplace_back();
+      continue;
+    }
+    const auto* accumulator =
+        dynamic_cast<const torch::autograd::AccumulateGrad*>(edge.function.get());
+    if (accumulator == nullptr) {
+      return false;
+    }
+    const at::Tensor& leaf = accumulator->variable;
+    const auto is_leaf = [&](const at::Tensor& other) { return other.is_same(leaf); };
+    if (!leaf.defined() || !leaf.requires_grad() || !only_accumulates(leaf) ||
+        std::any_of(leaves.begin(), leaves.end(), is_leaf)) {
+      return false;
+    }
+    leaves.push_back(leaf);
+  }
+  return true;
+}
+
 }  // namespace
+
+bool backward_to(const torch::autograd::Edge& node, const at::Tensor& loss) {
+  if (!node.is_valid() || !loss.requires_grad() || loss.is_leaf() || loss.sym_numel() != 1 ||
+      !at::isFloatingType(loss.scalar_type()) || !loss.is_cpu() || is_graph_watched() ||
+      shortcut_of({&loss}) == Shortcut::kNone) {
+    return false;
+  }
+  Node& end = *node.function;
+  variable_list leaves;
+  if (!leads_only_to(end, loss.grad_fn().get()) || !find_leaves(end, leaves)) {
+    return false;
+  }
+  variable_list given(end.num_inputs());
+  given[node.input_nr] = torch::autograd::Engine::get_default_engine().execute(
+      {torch::autograd::impl::gradient_edge(loss)},
+      {at::ones_like(loss, {}, at::MemoryFormat::Preserve)}, /*keep_graph=*/false,
+      /*create_graph=*/false, /*accumulate_grad=*/false, {node})[0];
+  const at::NoGradGuard gradients_have_none;
+  variable_list gradients = end(std::move(given));
+  end.release_variables();
+  for (const auto i : c10::irange(leaves.size())) {
+    if (leaves[i].defined() && gradients[i].defined()) {
+      accumulate(leaves[i], std::move(gradients[i]));
+    }
+  }
+  return true;
+}
 
 at::Tensor forward_backward(
     const at::Tensor& input, at::TensorList parameters, const Program& program,

@@ -457,7 +457,7 @@ Criterion criterion_of(const py::tuple& given) {
 // The loss, its gradients added to the parameters'; none, and nothing done, where a graph is
 // needed.
 py::object loss_and_gradients(
-    PyObject* network, const plans::Loss& loss, PyObject* input, PyObject* target) {
+    PyObject* network, const Criterion& criterion, PyObject* input, PyObject* target) {
   Found found;
   Held tensors;
   const auto plan = plan_of_call(network, input, found, tensors);
@@ -475,8 +475,38 @@ py::object loss_and_gradients(
   }
   return owned(wrapped(keeps_gil, [&] {
     return mylayers::forward_backward(
-        tensors[0], tensors.from(1), program, loss.criterion, wanted[0]);
+        tensors[0], tensors.from(1), program, criterion, wanted[0]);
   }));
+}
+
+// The same for a criterion that is called, and may do anything.
+py::object loss_of_call(
+    PyObject* network, PyObject* criterion, PyObject* input, PyObject* target) {
+  Found found;
+  Held tensors;
+  const auto plan = plan_of_call(network, input, found, tensors);
+  if (plan == nullptr || !plan->is_one_chain() || tensors.is_empty()) {
+    return py::none();
+  }
+  auto output = owned(run_program(*plan->parts[0].program, tensors));
+  tensors.clear();
+  const auto node = torch::autograd::impl::gradient_edge(THPVariable_Unpack(output.ptr()));
+  const auto loss =
+      owned(PyObject_CallFunctionObjArgs(criterion, output.ptr(), target, nullptr));
+  output = {};
+  const auto is_done = [&] {
+    if (!THPVariable_CheckExact(loss.ptr()) || is_watched() ||
+        watched().in_training.replaced() != 0) {
+      return false;
+    }
+    const at::Tensor& value = THPVariable_Unpack(loss.ptr());
+    const py::gil_scoped_release hooks_take_it;
+    return mylayers::backward_to(node, value);
+  };
+  if (!is_done()) {
+    loss.attr("backward")();
+  }
+  return loss.attr("detach")();
 }
 
 // What is known of a loss, as it is.
@@ -489,7 +519,8 @@ std::shared_ptr<const plans::Loss> known_loss(PyObject* criterion) {
 }
 
 // (a FusedSequential, a loss, input, target): the loss, its gradients added to the parameters';
-// refused, and nothing done, where a graph is needed; None where nothing is known of the loss.
+// refused, and nothing done, where the network must be called; None where nothing is known of the
+// loss.
 PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("forward_backward", count, 4);
@@ -497,7 +528,22 @@ PyObject* forward_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (loss == nullptr) {
     return Py_NewRef(Py_None);
   }
-  auto value = loss_and_gradients(args[0], *loss, args[2], args[3]);
+  py::object value = py::none();
+  if (loss->criterion.has_value()) {
+    value = loss_and_gradients(args[0], *loss->criterion, args[2], args[3]);
+  }
+  if (value.is_none()) {
+    value = loss_of_call(args[0], args[1], args[2], args[3]);
+  }
+  return value.is_none() ? Py_NewRef(refused()) : value.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// The same of a loss of which nothing can be known.
+PyObject* forward_backward_of_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("forward_backward_of_call", count, 4);
+  auto value = loss_of_call(args[0], args[1], args[2], args[3]);
   return value.is_none() ? Py_NewRef(refused()) : value.release().ptr();
   END_HANDLE_TH_ERRORS
 }
@@ -510,11 +556,14 @@ PyObject* training_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("training_step", count, 5);
   const auto loss = known_loss(args[1]);
+  if (loss != nullptr && !loss->criterion.has_value()) {
+    return Py_NewRef(refused());
+  }
   const auto zeroed = loss == nullptr ? Answer::kUnknown : optimizer_zero_grad(args[2], true);
   if (zeroed != Answer::kDone) {
     return Py_NewRef(zeroed == Answer::kUnknown ? Py_None : refused());
   }
-  auto value = loss_and_gradients(args[0], *loss, args[3], args[4]);
+  auto value = loss_and_gradients(args[0], *loss->criterion, args[3], args[4]);
   if (value.is_none()) {
     return Py_NewRef(refused());
   }
@@ -525,8 +574,14 @@ PyObject* training_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-void keep_loss(const py::object& loss, const py::tuple& kind, const py::tuple& criterion) {
-  known<plans::Loss>().keep(loss, {plans::kind_of(kind), criterion_of(criterion)});
+// None for a criterion that must be called.
+void keep_loss(
+    const py::object& loss, const py::tuple& kind, const std::optional<py::tuple>& criterion) {
+  plans::Loss known_as = {plans::kind_of(kind), std::nullopt};
+  if (criterion.has_value()) {
+    known_as.criterion = criterion_of(*criterion);
+  }
+  known<plans::Loss>().keep(loss, std::move(known_as));
 }
 
 // CPython's number for the present state of a class; 0 if it has given it none.
@@ -544,6 +599,9 @@ PyMethodDef kEntries[] = {
     entry("run_network", run_network, "run_network(network, input)"),
     entry("run_layer", run_layer, "run_layer(layer, input)"),
     entry("forward_backward", forward_backward, "forward_backward(network, loss, input, target)"),
+    entry(
+        "forward_backward_of_call", forward_backward_of_call,
+        "forward_backward_of_call(network, loss, input, target)"),
     entry("training_step", training_step, "training_step(network, loss, optimizer, input, target)"),
     {nullptr, nullptr, 0, nullptr}};
 

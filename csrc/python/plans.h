@@ -342,7 +342,7 @@ struct Layer {
 
 struct Loss {
   Kind kind;
-  Criterion criterion;
+  std::optional<Criterion> criterion;  // none where it must be called
 };
 
 // What is known of objects while they live, of each in the last few states; no object is kept
