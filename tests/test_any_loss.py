@@ -5,6 +5,9 @@ the three lines are the loss, all gradients, what the criterion did on its way, 
 called, and errors.
 """
 
+# What a criterion is given is not always used.
+# ruff: noqa: ARG001, ARG004, ARG005
+
 import copy
 import sys
 from collections.abc import Callable
@@ -26,7 +29,7 @@ from mylayers import FusedSequential, forward_backward, training_step
 Criterion = Callable[[Any, Any], Any]
 
 
-class Told(Exception):
+class ToldError(Exception):
     """What a criterion raises of its own."""
 
 
@@ -54,7 +57,7 @@ def result_of(
         seen["error"] = type(error), str(error)
     seen["grads"] = [p.grad for p in network.parameters()]
     seen["parameters"] = list(network.parameters())
-    seen["random"] = torch.get_rng_state()
+    seen["random"] = torch.get_rng_state().numpy().tobytes()
     return seen
 
 
@@ -448,7 +451,7 @@ class _Nothing(_Doubled):
 class _Failing(_Doubled):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise Told("backward")
+        raise ToldError("backward")
 
 
 def own_function(_: nn.Module, __: dict[str, Any]) -> Criterion:
@@ -544,7 +547,7 @@ def infinite(_: nn.Module, __: dict[str, Any]) -> Criterion:
 
 def raises(_: nn.Module, __: dict[str, Any]) -> Criterion:
     def criterion(y: Tensor, t: Tensor) -> Tensor:
-        raise Told("forward")
+        raise ToldError("forward")
 
     return criterion
 
