@@ -193,13 +193,26 @@ def sequential_cases(draw: st.DrawFn) -> Case:
     }
 
 
-LOSSES: dict[str, Callable[[], nn.Module]] = {
+LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "mse": nn.MSELoss,
     "mse, sum": lambda: nn.MSELoss(reduction="sum"),
     "smooth_l1": lambda: nn.SmoothL1Loss(beta=0.5),
     "huber": lambda: nn.HuberLoss(delta=0.7),
     "cross_entropy": nn.CrossEntropyLoss,
+    "l1": nn.L1Loss,
+    "l1, sum": lambda: nn.L1Loss(reduction="sum"),
+    "bce, logits": nn.BCEWithLogitsLoss,
+    "nll": lambda: nn.NLLLoss(ignore_index=0),
+    "kl_div": lambda: nn.KLDivLoss(reduction="batchmean"),
+    "kl_div, logs": lambda: nn.KLDivLoss(reduction="sum", log_target=True),
+    # Those that are called.
+    "cross_entropy, smoothed": lambda: nn.CrossEntropyLoss(label_smoothing=0.2),
+    "soft_margin": nn.SoftMarginLoss,
+    "a function": lambda: lambda y, t: ((y - t).abs() * y.exp()).sum(-1).square().mean(),
+    "in place": lambda: lambda y, t: y.mul_(2).sub_(t).tanh().sum(),
 }
+OF_CLASSES = ("cross_entropy", "nll", "cross_entropy, smoothed")
+OF_PROBABILITIES = ("bce, logits", "kl_div", "kl_div, logs")
 loss_name = st.sampled_from(list(LOSSES))
 between = st.sampled_from(["ReLU", "Tanh", "Sigmoid", "ELU", "Identity", "CenteredLayer"])
 
@@ -209,7 +222,7 @@ def training_cases(draw: st.DrawFn) -> Case:
     loss = draw(loss_name)
     units = [draw(st.integers(1, 70)) for _ in range(draw(st.integers(2, 5)))]
     lead = [draw(st.integers(1, 70))]
-    if loss != "cross_entropy":
+    if loss not in OF_CLASSES:
         lead += draw(st.lists(st.integers(1, 4), max_size=1))
     return {
         "kind": "training",
@@ -446,11 +459,12 @@ def check_training(case: Case) -> None:
             p.data /= units[place] ** 0.5
     x = drawn(case, 0, [*case["lead"], units[0]])
     criterion = LOSSES[case["loss"]]()
-    if case["loss"] == "cross_entropy":
+    if case["loss"] in OF_CLASSES:
         generator = torch.Generator().manual_seed(1)
         target = torch.randint(0, units[-1], case["lead"], generator=generator)
     else:
         target = samples.drawer("target", dtype)(*case["lead"], units[-1])
+        target = target.sigmoid() if case["loss"] in OF_PROBABILITIES else target
     trained = [p for p in net.parameters() if p.requires_grad]
     loss = criterion(nn.Sequential.__call__(net, x), target)
     expected = torch.autograd.grad(loss, trained)

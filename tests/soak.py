@@ -125,6 +125,7 @@ def entries() -> dict[str, Entry]:
     sgd = optimizers[torch.optim.SGD]
     of_net = torch.optim.Adam(net.parameters(), lr=1e-6)
     criterion = nn.MSELoss()
+    weighted, probabilities = nn.CrossEntropyLoss(torch.ones(2)), target.softmax(1)
 
     def zero_grad() -> None:
         for p in trained:
@@ -180,6 +181,15 @@ def entries() -> dict[str, Entry]:
         "forward_backward": lambda: mylayers.forward_backward(net, nn.MSELoss(), x, target),
         "forward_backward, refused": refused(
             lambda: mylayers.forward_backward(net, nn.MSELoss(), bias, target)
+        ),
+        "forward_backward, any loss": lambda: mylayers.forward_backward(
+            net, lambda y, t: (y - t).square().mean(), x, target
+        ),
+        "forward_backward, any loss, refused": refused(
+            lambda: mylayers.forward_backward(net, lambda y, t: y - t, x, target)
+        ),
+        "training_step, any loss": lambda: mylayers.training_step(
+            net, weighted, of_net, x, probabilities
         ),
         "training_step": lambda: mylayers.training_step(net, criterion, of_net, x, target),
         "training_step, refused": refused(
