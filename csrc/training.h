@@ -29,8 +29,8 @@ struct Criterion {
 
   Kind kind;
   int64_t reduction;
-  double constant;    // beta of smooth_l1, delta of huber
-  int64_t ignored;    // class of cross_entropy or nll_loss that is left out
+  double constant;  // beta of smooth_l1, delta of huber
+  int64_t ignored;  // class of cross_entropy or nll_loss that is left out
 };
 
 // criterion(sequential(input, parameters, program), target), whose gradients are added to the

@@ -73,8 +73,9 @@ def _has_no_weights(own: _State) -> bool:
 
 def _nll(own: _State) -> _Rule:
     ignored = own.get("ignore_index")
-    is_known = _has_no_weights(own) and stock.is_index(ignored)
-    return (_Kind.NLL, 0.0, ignored) if is_known else None
+    if not _has_no_weights(own) or not stock.is_index(ignored):
+        return None
+    return _Kind.NLL, 0.0, ignored
 
 
 def _cross_entropy(own: _State) -> _Rule:
@@ -133,8 +134,7 @@ def _keep(criterion: Any) -> bool:
     named, found = own.get("reduction"), _MODULES[cls](own)
     reductions = _REDUCTIONS_OF_KL_DIV if cls is nn.KLDivLoss else _REDUCTIONS
     reduction = reductions.get(named) if type(named) is str else None
-    is_computed = found is not None and reduction is not None
-    loss = (found[0], reduction, *found[1:]) if is_computed else None
+    loss = (found[0], reduction, *found[1:]) if found and reduction is not None else None
     _C.keep_loss(criterion, (cls, version, entries), loss)
     return True
 

@@ -599,7 +599,7 @@ ERRORS: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
         x,
         t.argmax(1),
     ),
-    "BCE of what is no probability": lambda net, x, t: (net, nn.BCELoss(), 9 + x, t.sigmoid()),
+    "BCE of what is no probability": lambda net, x, t: (net, nn.BCELoss(), 100 * x, t.sigmoid()),
     "BCE sizes": lambda net, x, t: (net, nn.BCEWithLogitsLoss(), x, t[:3]),
     "NLL class out of range": lambda net, x, t: (net, nn.NLLLoss(), x, t.argmax(1) + 1),
     "negative beta": lambda net, x, t: (net, nn.SmoothL1Loss(beta=-1.0), x, t),

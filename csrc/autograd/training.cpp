@@ -1,6 +1,6 @@
 // Forward, loss, backward and the parameters' gradients in one call. The engine, the graph that it
-// walks and the dispatcher on the way are half of a small network's training step; most of it is the
-// parameters', whose nodes the engine need not run.
+// walks and the dispatcher on the way are half of a small network's training step. A loss that must
+// be called has a graph; the engine then walks that one, without the parameters' nodes.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Reduction.h>
@@ -55,14 +55,15 @@ bool only_accumulates(const at::Tensor& leaf) {
 
 // Whether its target is a class for each row.
 bool has_classes(const Criterion& criterion) {
-  return criterion.kind == Criterion::Kind::kCrossEntropy || criterion.kind == Criterion::Kind::kNll;
+  return criterion.kind == Criterion::Kind::kCrossEntropy ||
+         criterion.kind == Criterion::Kind::kNll;
 }
 
 bool takes(const Criterion& criterion, const at::Tensor& target) {
   return !target.requires_grad() && !target.is_inference() &&
-         (has_classes(criterion)
-              ? target.is_cpu() && target.layout() == at::kStrided && target.scalar_type() == at::kLong
-              : leads_to_cpu_kernel({&target}));
+         (has_classes(criterion) ? target.is_cpu() && target.layout() == at::kStrided &&
+                                       target.scalar_type() == at::kLong
+                                 : leads_to_cpu_kernel({&target}));
 }
 
 // What PyTorch's functions do not broadcast, convert or refuse.
@@ -174,8 +175,7 @@ Loss compute(const Criterion& criterion, const at::Tensor& output, const at::Ten
       if (reduction == at::Reduction::Mean) {
         gradient.div_(output.numel());
       }
-      return {
-          at::binary_cross_entropy_with_logits(output, target, {}, {}, reduction), gradient};
+      return {at::binary_cross_entropy_with_logits(output, target, {}, {}, reduction), gradient};
     }
     case Kind::kKlDiv:
     case Kind::kKlDivOfLogs:
@@ -221,11 +221,12 @@ bool leads_only_to(const Node& end, Node* from) {
   c10::SmallVector<Node*, kMany> nodes = {from};
   for (size_t i = 0; i < nodes.size(); ++i) {
     Node& node = *nodes[i];
-    bool goes_on = &node == &end;
     if (has_hooks(node)) {
       return false;
     }
-    for (size_t e = 0; !(&node == &end) && e < node.num_outputs(); ++e) {
+    bool goes_on = &node == &end;
+    const size_t edges = goes_on ? 0 : node.num_outputs();
+    for (size_t e = 0; e < edges; ++e) {
       Node* next = node.next_edge(e).function.get();
       if (next == nullptr) {
         continue;

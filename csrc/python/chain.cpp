@@ -474,14 +474,12 @@ py::object loss_and_gradients(
     wanted.own();
   }
   return owned(wrapped(keeps_gil, [&] {
-    return mylayers::forward_backward(
-        tensors[0], tensors.from(1), program, criterion, wanted[0]);
+    return mylayers::forward_backward(tensors[0], tensors.from(1), program, criterion, wanted[0]);
   }));
 }
 
 // The same for a criterion that is called, and may do anything.
-py::object loss_of_call(
-    PyObject* network, PyObject* criterion, PyObject* input, PyObject* target) {
+py::object loss_of_call(PyObject* network, PyObject* criterion, PyObject* input, PyObject* target) {
   Found found;
   Held tensors;
   const auto plan = plan_of_call(network, input, found, tensors);
@@ -491,8 +489,7 @@ py::object loss_of_call(
   auto output = owned(run_program(*plan->parts[0].program, tensors));
   tensors.clear();
   const auto node = torch::autograd::impl::gradient_edge(THPVariable_Unpack(output.ptr()));
-  const auto loss =
-      owned(PyObject_CallFunctionObjArgs(criterion, output.ptr(), target, nullptr));
+  const auto loss = owned(PyObject_CallFunctionObjArgs(criterion, output.ptr(), target, nullptr));
   output = {};
   const auto is_done = [&] {
     if (!THPVariable_CheckExact(loss.ptr()) || is_watched() ||
