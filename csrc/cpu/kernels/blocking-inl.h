@@ -8,6 +8,9 @@
 constexpr int kNrVectors = kRegisters == 32 ? 4 : kFuses ? 3 : 2;
 constexpr int mr_of(int vectors) { return vectors == 1 ? 12 : vectors == 2 ? 6 : kSums / vectors; }
 constexpr int kMr = mr_of(kNrVectors);
+// Vectors of a microkernel of one row: as many sums as hide how long a multiply-add takes.
+// [lab: freeze]
+constexpr int kRowVectors = 8;
 constexpr int kLeastCopied = 2;  // vectors of a micropanel of b that microkernels copy
 // skinny_many holds kManySteps rows of kManyVectors vectors of b in registers, and beside them the
 // sums of kManyTogether rows of a. With 16 registers, eight rows of one vector would need a

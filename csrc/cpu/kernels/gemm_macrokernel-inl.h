@@ -33,6 +33,19 @@ void macrokernel(
     const C* bias, Activation act, PackBuffers<C> buffers) {
   constexpr int L = kLanes<C>;
   const bool activates_after = epilogue && !row_of(act).in_registers;
+  if (m == 1 && !in_micropanels) {
+    for (int64_t j = 0, cols = 0; j < n; j += cols) {
+      cols = n - j < kRowVectors * L ? n - j : kRowVectors * L;
+      const int tail = static_cast<int>(cols % L);
+      microkernel_of_one_row<C>(static_cast<int>((cols + L - 1) / L), tail != 0)(
+          k, a, lda, a_col, /*prefetches_a=*/false, b + j, ldb, c + j, ldc, /*prefetches_c=*/false,
+          tail, accumulate, epilogue, bias ? bias + j : nullptr, act, {});
+    }
+    if (activates_after) {
+      activate(1, n, c, ldc, act);
+    }
+    return;
+  }
   for (int64_t j = 0, cols = 0; j < n; j += cols) {
     cols = next_width<C>(n - j, m, k);
     const int tail = static_cast<int>(cols % L);

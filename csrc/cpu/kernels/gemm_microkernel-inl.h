@@ -37,7 +37,10 @@ void microkernel(
     vec<C> row[kVectors];
     UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      row[v] = in_register(get(b, v));
+      row[v] = get(b, v);
+      if constexpr (kRows > 1) {  // used again
+        row[v] = in_register(row[v]);
+      }
       if constexpr ((kCopying & kB) != 0) {
         store(buffers.b + v * L, row[v]);
       }
@@ -122,6 +125,17 @@ const Microkernel<C>* microkernels(int vectors, bool tail) {
       break;
   }
   __builtin_unreachable();
+}
+
+// Those of one row, which are wider.
+template <class C>
+Microkernel<C> microkernel_of_one_row(int vectors, bool tail) {
+  constexpr auto all = []<int... kVector>(std::integer_sequence<int, kVector...>) {
+    return std::array{
+        std::array{microkernel<C, 1, kVector + 1, false, kNothing>...},
+        std::array{microkernel<C, 1, kVector + 1, true, kNothing>...}};
+  }(std::make_integer_sequence<int, kRowVectors>{});
+  return all[tail][vectors - 1];
 }
 
 // Those of whole vectors that copy.
