@@ -336,7 +336,25 @@ void gemm(
     shape.rounds = may_round(n, k, machine()) && setting_rounds_float32();
   }
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const Plan chosen = plan(shape, working_set_bytes, threads, machine());
+  gemm_planned<T>(plan(shape, working_set_bytes, threads, machine()), m, n, k, a, b, bias, act, c);
+}
+
+template <class T>
+std::optional<Plan> plan_for_any_setting(
+    int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, int64_t working_set_bytes) {
+  if (m == 0 || n == 0 || is_aten_product(m, n, k) ||
+      (std::is_same_v<T, float> && may_round(n, k, machine()))) {
+    return std::nullopt;
+  }
+  constexpr int64_t kMany = 1 << 10;  // a small product takes one thread of them
+  const Plan chosen = plan(shape_of(m, n, k, a, b), working_set_bytes, kMany, machine());
+  return chosen.threads == 1 ? std::optional(chosen) : std::nullopt;
+}
+
+template <class T>
+void gemm_planned(
+    const Plan& chosen, int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias,
+    Activation act, T* c) {
   if constexpr (std::is_same_v<T, bfloat16_t>) {
     if (is_amx(chosen.tasks[1][1].path)) {
       const WideBias wide(n, bias);
@@ -407,9 +425,13 @@ void gemm_long(int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, T* c) 
   kernels().storage<T>().epilogue(1, m * n, total, 0, nullptr, Activation::kNone, c, 0);
 }
 
-#define INSTANTIATE(T)                                                                     \
-  template void gemm<T>(                                                                   \
-      int64_t, int64_t, int64_t, Matrix<T>, Matrix<T>, const T*, Activation, T*, int64_t); \
+#define INSTANTIATE(T)                                                                         \
+  template void gemm<T>(                                                                       \
+      int64_t, int64_t, int64_t, Matrix<T>, Matrix<T>, const T*, Activation, T*, int64_t);     \
+  template std::optional<Plan> plan_for_any_setting<T>(                                        \
+      int64_t, int64_t, int64_t, Matrix<T>, Matrix<T>, int64_t);                               \
+  template void gemm_planned<T>(                                                               \
+      const Plan&, int64_t, int64_t, int64_t, Matrix<T>, Matrix<T>, const T*, Activation, T*); \
   template void gemm_long<T>(int64_t, int64_t, int64_t, Matrix<T>, Matrix<T>, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -1,6 +1,9 @@
 // Matrix products on the CPU, threads included.
 #pragma once
 
+#include <optional>
+
+#include "gemm/plan.h"
 #include "kernels/kernels.h"
 
 namespace mylayers::cpu {
@@ -24,6 +27,19 @@ template <class T>
 void gemm(
     int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias, Activation act, T* c,
     int64_t working_set_bytes = 0);
+
+// The plan of such a product, if it is the same whatever number of threads and whatever precision
+// of float32 will be set when it is computed.
+template <class T>
+std::optional<Plan> plan_for_any_setting(
+    int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, int64_t working_set_bytes);
+
+// gemm by this plan, for the sizes and strides that it was made for; of a only whether its columns
+// have unit stride and, if so, its rows' distance may change what is fastest.
+template <class T>
+void gemm_planned(
+    const Plan& plan, int64_t m, int64_t n, int64_t k, Matrix<T> a, Matrix<T> b, const T* bias,
+    Activation act, T* c);
 
 // c (m, n) contiguous = a (m, k) @ b (k, n) for a k that may be far longer than m and n (a
 // weight gradient: k counts the rows of the batch). Long sums are cut at places that
