@@ -34,6 +34,7 @@ if not any(
 
 from mylayers import _flops, functional, onnx, reference
 from mylayers._extension import build_info, cmake_prefix_path
+from mylayers.frozen import Frozen, freeze
 from mylayers.layers import CenteredLayer, LazyMyLinear, MyLinear
 from mylayers.optimization import Report, optimize, restore
 from mylayers.sequential import FusedSequential
@@ -41,6 +42,7 @@ from mylayers.training import forward_backward, training_step
 
 __all__ = [
     "CenteredLayer",
+    "Frozen",
     "FusedSequential",
     "LazyMyLinear",
     "MyLinear",
@@ -48,6 +50,7 @@ __all__ = [
     "build_info",
     "cmake_prefix_path",
     "forward_backward",
+    "freeze",
     "functional",
     "onnx",
     "optimize",

@@ -69,7 +69,7 @@ class Unfused:
     lasting: bool = False
 
 
-_ALONE = Unfused("there is no layer to fuse it with", lasting=True)
+ALONE = Unfused("there is no layer to fuse it with", lasting=True)
 _COMPUTED = "its weight or bias is computed, not a parameter"
 
 
@@ -88,7 +88,7 @@ def _linear(own: _State, step: str, *attributes: str) -> _Layer | Unfused:
         value = parameters[name]
         if value is None:
             continue
-        if not isinstance(value, Tensor) or _is_foreign(value):
+        if not isinstance(value, Tensor) or is_foreign(value):
             return Unfused(f"its {name} is of {type(value).__name__}, which computes itself")
     name, *activation = step.split("+")
     if not _takes(parameters["weight"], parameters["bias"], 0 if name == "linear_t" else 1):
@@ -312,9 +312,13 @@ class Chain:
     program: str
 
     @property
+    def has_linear(self) -> bool:
+        return any(layer.is_linear for layer in self.layers)
+
+    @property
     def saves_calls(self) -> bool:
         """Whether it does in one call what its children do in several, or ours does faster."""
-        return any(layer.is_linear for layer in self.layers) or "; " in self.program
+        return self.has_linear or "; " in self.program
 
 
 # Those that a linear step takes: backward reads their output, which the next layer keeps anyway.
@@ -350,7 +354,7 @@ def _parts(layers: list[_Layer | Unfused]) -> list[Chain | Unfused]:
             parts.append(Chain(range(first, first + end), fused, _program(fused)))
         else:
             end = 0
-        parts.extend([_ALONE] * (len(run) - end))
+        parts.extend([ALONE] * (len(run) - end))
         run.clear()
 
     place = -1
@@ -367,9 +371,26 @@ def _parts(layers: list[_Layer | Unfused]) -> list[Chain | Unfused]:
     return parts
 
 
-def plan(children: Iterable[nn.Module]) -> list[Chain | Unfused]:
-    """The children in order: chains, and one entry for each child that runs by itself."""
-    return _parts([_layer(child, _look(child)) for child in children])
+def plan(children: Iterable[nn.Module], *, evaluates: bool = False) -> list[Chain | Unfused]:
+    """The children in order: chains, and one entry for each child that runs by itself.
+
+    Args:
+        children: as they stand in a network.
+        evaluates: whether it is asked as if all were in evaluation mode.
+    """
+
+    def look(child: nn.Module) -> _Look:
+        found = _look(child)
+        return found._replace(own={**found.own, "training": False}) if evaluates else found
+
+    return _parts([_layer(child, look(child)) for child in children])
+
+
+def parameters_of(children: Iterable[nn.Module]) -> list[Tensor]:
+    """What a program reads, of the children that it is for."""
+    linear = (child for child in children if isinstance(child, nn.Linear | MyLinear))
+    both = ((child._parameters["weight"], child._parameters["bias"]) for child in linear)
+    return [p for parameters in both for p in parameters if p is not None]
 
 
 class _Call(IntEnum):
@@ -434,7 +455,7 @@ def _entry_of_network(name: str, value: object, iterates: bool) -> tuple[str, in
     return stock.entry_of_another(name, value)
 
 
-def _is_foreign(value: object) -> bool:
+def is_foreign(value: object) -> bool:
     """Whether it is of a class that decides itself what operators do, and knows PyTorch's own."""
     cls = type(value)
     if cls in TENSORS:
@@ -459,14 +480,10 @@ def _one_by_one(children: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def _run_chain(children: list[nn.Module], program: str, x: Tensor) -> Tensor:
-    if _is_foreign(x):
+    if is_foreign(x):
         return _one_by_one(children, x)
-    parameters: list[Tensor] = []
-    for child in children:
-        if isinstance(child, nn.Linear | MyLinear):
-            weight, bias = child._parameters["weight"], child._parameters["bias"]
-            parameters += [p for p in (weight, bias) if p is not None]
-    if any(map(_is_foreign, parameters)):
+    parameters = parameters_of(children)
+    if any(map(is_foreign, parameters)):
         return _one_by_one(children, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"FusedSequential: input must be a torch.Tensor; got {type(x).__name__}")

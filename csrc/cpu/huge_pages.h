@@ -13,6 +13,6 @@ MYLAYERS_API bool wants_huge_pages();
 
 // Before the first touch of fresh memory: the kernel may back by huge pages what of it they can
 // fill. Does nothing for less memory than surely holds one, and to memory already touched.
-void prefer_huge_pages(void* memory, size_t bytes);
+MYLAYERS_API void prefer_huge_pages(void* memory, size_t bytes);
 
 }  // namespace mylayers::cpu

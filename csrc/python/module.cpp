@@ -15,6 +15,7 @@
 #include "../cpu/machine/tuning.h"
 #include "chain.h"
 #include "entries.h"
+#include "frozen.h"
 #include "optimizers.h"
 
 namespace mylayers::python {
@@ -133,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of mylayers; use mylayers.functional and mylayers.MyLinear.";
   add_operators(m);
   add_chain(m);
+  add_frozen(m);
   add_optimizers(m);
   m.def("build_info", build_info);
   m.def("machines", machines);
