@@ -32,7 +32,15 @@ from benchmarks.peers import (
     onnx_runtime,
     operator,
 )
-from mylayers import CenteredLayer, FusedSequential, MyLinear, functional, reference
+from mylayers import (
+    CenteredLayer,
+    Frozen,
+    FusedSequential,
+    MyLinear,
+    freeze,
+    functional,
+    reference,
+)
 
 SUBJECT = "mylayers"  # the candidate that every suite has; the others are its peers
 NOTEBOOK = "notebook"  # the baseline of a layer
@@ -424,6 +432,12 @@ def _stock_network(*parameters: Tensor, activation: str) -> nn.Sequential:
     return nn.Sequential(*_modules(parameters, activation))
 
 
+def _frozen_network(
+    x: Tensor, *parameters: Tensor, activation: str
+) -> tuple[Frozen, tuple[Tensor]]:
+    return freeze(_fused_network(*parameters, activation=activation)), (x,)
+
+
 def _watch(*_: object) -> None:
     """A hook that leaves everything as it is."""
 
@@ -574,6 +588,7 @@ NETWORK_INFERENCE = {
     "reduce-overhead": Candidate(compiled(module(_stock_network), mode="reduce-overhead")),
     "max-autotune": Candidate(compiled(module(_stock_network), mode="max-autotune", freezing=True)),
     "one-linear": Candidate(eager(module(_first_linear)), yardstick=True),  # its first layer alone
+    "frozen": Candidate(eager(_frozen_network), yardstick=True),  # an immutable copy, for serving
     "onnxruntime": Candidate(onnx_network, restless=True),
     "numpy": Candidate(numpy_network, restless=True, rows=1),
 }

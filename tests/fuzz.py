@@ -427,6 +427,7 @@ def check_sequential(case: Case) -> None:
     assert same_bits(outputs[-1], one_by_one), "outputs"
     grad = LAYOUTS[case["layouts"][1]](samples.drawer("g", x.dtype), tuple(one_by_one.shape))
     expected = gradients(one_by_one, made, grad) if one_by_one.requires_grad else []
+    check_frozen(case, x, parameters, outputs[-1])
     with num_threads(case["threads"]):
         again = leaves([x, *parameters], case["wanted"])
         output = ops.sequential(again[0], again[1:], program)
@@ -438,6 +439,20 @@ def check_sequential(case: Case) -> None:
     if rows_alone and len(case["shape"]) > 1 and case["shape"][0]:
         first = case["first_row"] % case["shape"][0]
         assert same_bits(ops.sequential(x[first:], parameters, program), output[first:]), "rows"
+
+
+def check_frozen(case: Case, x: Tensor, parameters: list[Tensor], expected: Tensor) -> None:
+    """The same program and values, frozen: new memory, given memory, NumPy's."""
+    if not parameters:
+        return
+    frozen = mylayers.frozen.of_program(case["program"], parameters)
+    out = torch.full_like(expected, torch.nan)
+    with num_threads(case["threads"]):
+        assert same_bits(frozen(x), expected), "frozen"
+        assert same_bits(frozen(x, out=out), expected), "frozen, out"
+        if x.dtype != torch.bfloat16 and not x.is_neg():
+            array = frozen(x.numpy())
+            assert same_bits(torch.from_numpy(array), expected), "frozen, of NumPy"
 
 
 def check_training(case: Case) -> None:

@@ -84,6 +84,8 @@ def entries() -> dict[str, Entry]:
     iterating = Iterating(*net)
     layer, centered = MyLinear(8, 4), CenteredLayer(-1)
     target = torch.randn(2, 2)
+    frozen, frozen_out, array = mylayers.freeze(net), torch.empty(2, 2), x.numpy()
+    of_means = mylayers.freeze(FusedSequential(nn.Linear(8, 4), CenteredLayer(-1)))
     parameters = [weight, bias, torch.randn(4, 4)]
     program = "linear+bias+tanh; center(-1); linear"
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
@@ -178,6 +180,14 @@ def entries() -> dict[str, Entry]:
         "FusedSequential, refused": refused(lambda: net(bias)),
         "FusedSequential, copied": lambda: copy.deepcopy(net)(x),
         "FusedSequential, pickled": lambda: pickle.loads(pickle.dumps(net)),
+        "Frozen": lambda: frozen(x),
+        "Frozen, out": lambda: frozen(x, out=frozen_out),
+        "Frozen, of NumPy": lambda: frozen(array),
+        "Frozen, more than layers": lambda: of_means(array),
+        "Frozen, refused": refused(lambda: frozen(bias)),
+        "Frozen, refreshed": frozen.refresh,
+        "Frozen, pickled": lambda: pickle.loads(pickle.dumps(frozen)),
+        "freeze": lambda: mylayers.freeze(net),
         "forward_backward": lambda: mylayers.forward_backward(net, nn.MSELoss(), x, target),
         "forward_backward, refused": refused(
             lambda: mylayers.forward_backward(net, nn.MSELoss(), bias, target)
@@ -213,6 +223,10 @@ SLOW = {
     "FusedSequential, copied": 20,
     "FusedSequential, pickled": 20,
     "a step, planned anew": 20,
+    "Frozen, refused": 20,
+    "Frozen, refreshed": 20,
+    "Frozen, pickled": 20,
+    "freeze": 20,
     "a step with a hook": 20,
     "zero_grad": 20,
     "optimize and restore": 20,

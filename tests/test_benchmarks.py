@@ -45,7 +45,7 @@ SUITES = (
 )
 # Candidates that take seconds to set up: few tests have them.
 SLOW_TO_BUILD = {"compile", "reduce-overhead", "max-autotune", "onnxruntime"}
-YARDSTICKS = {"clone", "one-linear", "own-loop"}
+YARDSTICKS = {"clone", "one-linear", "frozen", "own-loop"}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
