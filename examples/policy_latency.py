@@ -2,9 +2,10 @@
 
 Stable-Baselines3's default PPO policy (tanh) and DQN policy (relu) learn to balance gymnasium's
 CartPole for some seconds. Then they act, one observation at a time, in blocks that alternate
-between the policy as it is and after ``mylayers.optimize(policy)``, on the same episodes. Exits
-non-zero if the two choose different actions for the same observation, other than between scores
-that are equal but for rounding.
+between the policy as it is, after ``mylayers.optimize(policy)``, and ``mylayers.freeze`` of its
+layers, which goes from the environment's NumPy observation to scores, on the same episodes. Exits
+non-zero if two of them choose different actions for the same observation, other than between
+scores that are equal but for rounding.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from torch import Tensor
+from torch import Tensor, nn
 
 import mylayers
 
@@ -37,10 +38,11 @@ ROUNDING = 1e-5  # of the largest score: a hundred times the last bit of a float
 OUT = Path(__file__).resolve().parent.parent / "out"
 
 Network = Callable[[Tensor], Tensor]
+WAYS = {"stock": "C1", "optimized": "C0", "frozen": "C2"}  # to serve a policy; colours
 
 
 class Block(NamedTuple):
-    """What one turn of serving gave: seconds of each step, and of all with the environment's."""
+    """What one turn of serving gave: seconds of each action, and of all with the environment's."""
 
     predict: list[float]
     network: list[float]
@@ -48,11 +50,7 @@ class Block(NamedTuple):
     observations: list[np.ndarray]
 
 
-class Served(NamedTuple):
-    """Turns before ``mylayers.optimize(policy)``, and those after it on the same episodes."""
-
-    before: list[Block]
-    after: list[Block]
+Served = dict[str, list[Block]]  # by way, on the same episodes
 
 
 class Agreement(NamedTuple):
@@ -105,9 +103,14 @@ def dqn_network(policy: BasePolicy) -> Network:
     return policy.q_net.q_net
 
 
+def ppo_layers(policy: BasePolicy) -> nn.Module:
+    """What ``mylayers.freeze`` takes: the same as one module."""
+    return nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)
+
+
 POLICIES = {
-    "PPO, tanh": (ppo, ppo_network),
-    "DQN, relu": (dqn, dqn_network),
+    "PPO, tanh": (ppo, ppo_network, ppo_layers),
+    "DQN, relu": (dqn, dqn_network, dqn_network),
 }
 
 
@@ -147,8 +150,24 @@ def balances(policy: BasePolicy) -> float:
     return steps / EPISODES
 
 
+def served_by(policy: BasePolicy) -> Callable[[np.ndarray], int]:
+    """An action for an observation, as users of Stable-Baselines3 get it."""
+    return lambda observation: policy.predict(observation, deterministic=True)[0]
+
+
+def served_by_frozen(frozen: mylayers.Frozen) -> Callable[[np.ndarray], int]:
+    """The same action: that of the highest score."""
+    return lambda observation: int(frozen(observation).argmax())
+
+
 @torch.no_grad()
-def act(policy: BasePolicy, network: Network, env: gymnasium.Env, steps: int, seed: int) -> Block:
+def act(
+    decide: Callable[[np.ndarray], int],
+    network: Callable,
+    env: gymnasium.Env,
+    steps: int,
+    seed: int,
+) -> Block:
     """Serve a block of steps, then time the network alone on the observations that came up."""
     clock = time.perf_counter
     predict, observations = [], []
@@ -156,7 +175,7 @@ def act(policy: BasePolicy, network: Network, env: gymnasium.Env, steps: int, se
     start = clock()
     for _ in range(steps):
         before = clock()
-        action, _ = policy.predict(observation, deterministic=True)
+        action = decide(observation)
         predict.append(clock() - before)
         observations.append(observation)
         observation, _, terminated, truncated, _ = env.step(action)
@@ -172,23 +191,26 @@ def act(policy: BasePolicy, network: Network, env: gymnasium.Env, steps: int, se
     return Block(predict, alone, acting, observations)
 
 
-def serve(policy: BasePolicy, network: Network, blocks: int, bar: Progress, name: str) -> Served:
-    """Both in turns, in an order that turns round; each pair acts in the same episodes."""
+def serve(
+    policy: BasePolicy, network: Network, layers: nn.Module, blocks: int, bar: Progress, name: str
+) -> Served:
+    """All in turns, in an order that turns round; they act in the same episodes."""
     env = gymnasium.make("CartPole-v1")
-    served = Served([], [])
-    turns: dict[str, tuple[Callable, list[Block]]] = {
-        "before": (mylayers.restore, served.before),
-        "after": (mylayers.optimize, served.after),
-    }
-    for change, _ in turns.values():  # warms both up
-        change(policy)
-        act(policy, network, env, BLOCK, SEED)
-    order = list(turns)
+    frozen = mylayers.freeze(layers)
+    served: Served = {way: [] for way in WAYS}
+
+    def turn(way: str, seed: int) -> Block:
+        if way == "frozen":
+            return act(served_by_frozen(frozen), frozen, env, BLOCK, seed)
+        (mylayers.optimize if way == "optimized" else mylayers.restore)(policy)
+        return act(served_by(policy), network, env, BLOCK, seed)
+
+    for way in WAYS:  # warms all up
+        turn(way, SEED)
+    order = list(WAYS)
     for block in bar.track(range(blocks), description=f"serving {name}"):
-        for turn in order:
-            change, kept = turns[turn]
-            change(policy)
-            kept.append(act(policy, network, env, BLOCK, SEED + block))
+        for way in order:
+            served[way].append(turn(way, SEED + block))
         order.reverse()
         bar.refresh()
     return served
@@ -220,12 +242,25 @@ def compare(
     )
 
 
-def agreement(policy: BasePolicy, network: Network, observations: list[np.ndarray]) -> Agreement:
-    """Whether the policy decides the same before and after ``mylayers.optimize``."""
+@torch.no_grad()
+def decide_frozen(layers: nn.Module, observations: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The same of the frozen layers."""
+    frozen = mylayers.freeze(layers)
+    scores = torch.from_numpy(np.stack([frozen(o) for o in observations]))
+    return scores.argmax(1), scores
+
+
+def agreement(
+    policy: BasePolicy, network: Network, layers: nn.Module, observations: list[np.ndarray]
+) -> dict[str, Agreement]:
+    """Whether the policy decides as before, after ``mylayers.optimize`` and when it is frozen."""
     mylayers.restore(policy)
     before = decide(policy, network, observations)
     mylayers.optimize(policy)
-    return compare(before, decide(policy, network, observations))
+    return {
+        "optimized": compare(before, decide(policy, network, observations)),
+        "frozen": compare(before, decide_frozen(layers, observations)),
+    }
 
 
 def percentile(seconds: list[float], percent: float) -> float:
@@ -239,21 +274,25 @@ def all_of(blocks: list[Block], what: str) -> list[float]:
 
 
 def report(name: str, served: Served) -> Table:
-    """Both side by side."""
-    table = Table(title=f"{name}: {len(served.before) * BLOCK} steps each, in turns")
-    for column in ("", "before", "after", "before / after"):
+    """All side by side."""
+    table = Table(title=f"{name}: {len(served['stock']) * BLOCK} steps each, in turns")
+    others = [way for way in WAYS if way != "stock"]
+    for column in ("", *WAYS, *(f"{way}, speed-up" for way in others)):
         table.add_column(column, justify="right" if column else "left")
 
     def add(label: str, figure: Callable[[list[Block]], float], form: str, *, rate: bool) -> None:
-        pairs = zip(served.before, served.after, strict=True)
-        ratios = [figure([a]) / figure([b]) for a, b in pairs]
-        if rate:
-            ratios = [1 / ratio for ratio in ratios]
-        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        spread = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-        table.add_row(label, *(format(figure(blocks), form) for blocks in served), spread)
+        def spread(way: str) -> str:
+            pairs = zip(served["stock"], served[way], strict=True)
+            ratios = [figure([a]) / figure([b]) for a, b in pairs]
+            if rate:
+                ratios = [1 / ratio for ratio in ratios]
+            low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
-    for what, label in (("predict", "policy.predict"), ("network", "network alone")):
+        figures = [format(figure(served[way]), form) for way in WAYS]
+        table.add_row(label, *figures, *map(spread, others))
+
+    for what, label in (("predict", "an action"), ("network", "network alone")):
         for percent in (50, 99):
             add(
                 f"{label}, p{percent} µs",
@@ -261,7 +300,7 @@ def report(name: str, served: Served) -> Table:
                 ".1f",
                 rate=False,
             )
-    for what, label in (("predict", "policy.predict"), ("network", "network alone")):
+    for what, label in (("predict", "actions"), ("network", "network alone")):
         add(
             f"{label}, a second",
             lambda blocks, w=what: 1 / statistics.fmean(all_of(blocks, w)),
@@ -279,13 +318,15 @@ def report(name: str, served: Served) -> Table:
 
 def share_line(served: Served) -> str:
     """What part of a prediction the network is."""
-    shares = [
-        percentile(all_of(blocks, "network"), 50) / percentile(all_of(blocks, "predict"), 50)
-        for blocks in served
-    ]
+    stock, optimized = (
+        percentile(all_of(served[way], "network"), 50)
+        / percentile(all_of(served[way], "predict"), 50)
+        for way in ("stock", "optimized")
+    )
     return (
-        f"The network is {shares[0]:.0%} of policy.predict before and {shares[1]:.0%} after; the "
-        "rest is Python around it: checks, conversions, distributions."
+        f"The network is {stock:.0%} of policy.predict as it is and {optimized:.0%} optimized; the "
+        "rest is Python around it: checks, conversions, distributions. Frozen layers are called "
+        "without policy.predict."
     )
 
 
@@ -295,10 +336,10 @@ def draw(path: Path, results: dict[str, Served]) -> None:
     panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
     for panel, (name, served) in zip(panels, results.items(), strict=True):
         for what, style in (("predict", "-"), ("network", "--")):
-            for label, blocks, color in zip(("before", "after"), served, ("C1", "C0"), strict=True):
-                seconds = np.sort(all_of(blocks, what)) * 1e6
+            for way, color in WAYS.items():
+                seconds = np.sort(all_of(served[way], what)) * 1e6
                 share = np.arange(1, len(seconds) + 1) / len(seconds)
-                panel.plot(seconds, share, style, color=color, label=f"{what}, {label}")
+                panel.plot(seconds, share, style, color=color, label=f"{what}, {way}")
         panel.set(title=name, xlabel="µs a step", xscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("share of the steps that take no longer")
@@ -324,21 +365,23 @@ def run(steps: int, training_steps: int, out: Path, console: Console) -> list[st
     out.mkdir(parents=True, exist_ok=True)
     blocks = max(2, steps // BLOCK)  # of fewer there are no quartiles
     results, problems = {}, []
-    for name, (make, network_of) in POLICIES.items():
+    for name, (make, network_of, layers_of) in POLICIES.items():
         with progress_bar(console) as bar:
             policy = learn(make, training_steps, bar)
         console.print(f"It balances the pole for {balances(policy):.0f} of 500 steps.")
         console.print(str(mylayers.optimize(policy)), markup=False)
-        network = network_of(policy)
+        network, layers = network_of(policy), layers_of(policy)
+        console.print(str(mylayers.freeze(layers)), markup=False)
         with progress_bar(console) as bar:
-            served = results[name] = serve(policy, network, blocks, bar, name)
+            served = results[name] = serve(policy, network, layers, blocks, bar, name)
         console.print(report(name, served))
         console.print(share_line(served))
-        observations = [o for block in served.before for o in block.observations]
-        found = agreement(policy, network, observations)
-        console.print(f"{found}\n")
-        if found.different:
-            problems.append(f"{name}: {found.different} actions differ")
+        observations = [o for block in served["stock"] for o in block.observations]
+        for way, found in agreement(policy, network, layers, observations).items():
+            console.print(f"{way}: {found}")
+            if found.different:
+                problems.append(f"{name}, {way}: {found.different} actions differ")
+        console.print()
     picture = out / "policy_latency.png"
     draw(picture, results)
     console.print(f"Latencies: {picture}", markup=False)
@@ -359,7 +402,7 @@ def main() -> int:
         "--steps",
         type=count,
         default=5000,
-        help=f"served before and after, in blocks of {BLOCK}, two at least; default: %(default)s",
+        help=f"served each way, in blocks of {BLOCK}, two at least; default: %(default)s",
     )
     parser.add_argument("--training-steps", type=count, default=12_000, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the plot; default: out/")

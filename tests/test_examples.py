@@ -26,7 +26,9 @@ def test_short_training_and_serving_end_in_agreement_and_a_plot(tmp_path):
     arguments = ["--training-steps", "1", "--steps", "1", "--out", tmp_path / "new"]
     run = subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("500 of 500 actions agree") == 2  # two blocks at least, two policies
+    # Two blocks at least, two policies, optimized and frozen.
+    assert run.stdout.count("500 of 500 actions agree") == 4
+    assert "Frozen(Sequential: 4 -> 64 tanh, 64 -> 64 tanh, 64 -> 2; " in run.stdout
     assert "mlp_extractor.policy_net  Linear + Tanh + Linear + Tanh  yes" in run.stdout
     assert "q_net.q_net         Linear + ReLU + Linear + ReLU + Linear  yes" in run.stdout
     assert (tmp_path / "new" / "policy_latency.png").read_bytes().startswith(b"\x89PNG")
@@ -56,7 +58,7 @@ def test_actions_that_differ_fail_the_example(example, monkeypatch, tmp_path):
     monkeypatch.setattr(example, "decide", decide_otherwise)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     console = example.Console(quiet=True)
-    assert example.run(20, 1, tmp_path, console) == ["PPO, tanh: 20 actions differ"]
+    assert example.run(20, 1, tmp_path, console) == ["PPO, tanh, optimized: 20 actions differ"]
 
 
 @pytest.mark.parametrize("option", ["--steps", "--training-steps"])
