@@ -85,6 +85,7 @@ def entries() -> dict[str, Entry]:
     layer, centered = MyLinear(8, 4), CenteredLayer(-1)
     target = torch.randn(2, 2)
     frozen, frozen_out, array = mylayers.freeze(net), torch.empty(2, 2), x.numpy()
+    apart = torch.randn(2, 16)[:, ::2]
     of_means = mylayers.freeze(FusedSequential(nn.Linear(8, 4), CenteredLayer(-1)))
     parameters = [weight, bias, torch.randn(4, 4)]
     program = "linear+bias+tanh; center(-1); linear"
@@ -146,6 +147,7 @@ def entries() -> dict[str, Entry]:
 
     def watch() -> None:
         _C.watch_functions(_watched.BY_LAYERS, _watched.IN_TRAINING)
+        _C.keep_frozen(mylayers.Frozen, mylayers.frozen._call_slowly)
         _C.watch_optimizers(_watched.IN_STEPS, _watched.HOOKS_ON_STEPS)
 
     def optimize() -> None:
@@ -184,6 +186,7 @@ def entries() -> dict[str, Entry]:
         "Frozen, out": lambda: frozen(x, out=frozen_out),
         "Frozen, of NumPy": lambda: frozen(array),
         "Frozen, more than layers": lambda: of_means(array),
+        "Frozen, of values apart": lambda: frozen(apart),
         "Frozen, refused": refused(lambda: frozen(bias)),
         "Frozen, refreshed": frozen.refresh,
         "Frozen, pickled": lambda: pickle.loads(pickle.dumps(frozen)),
@@ -223,6 +226,7 @@ SLOW = {
     "FusedSequential, copied": 20,
     "FusedSequential, pickled": 20,
     "a step, planned anew": 20,
+    "Frozen, of values apart": 20,
     "Frozen, refused": 20,
     "Frozen, refreshed": 20,
     "Frozen, pickled": 20,

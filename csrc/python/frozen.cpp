@@ -390,7 +390,7 @@ PyType_Spec kSpec = {
 // 3.12 a class does not inherit that it is called by vectorcall.
 void keep_frozen(const py::type& cls, const py::object& slow) {
   reinterpret_cast<PyTypeObject*>(cls.ptr())->tp_flags |= Py_TPFLAGS_HAVE_VECTORCALL;
-  slow_call = Py_NewRef(slow.ptr());
+  Py_XSETREF(slow_call, Py_NewRef(slow.ptr()));
 }
 
 }  // namespace
