@@ -254,7 +254,9 @@ def test_an_exception_in_a_thread_ends_the_run(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux")
 def test_a_leak_is_seen_and_sound_calls_are_flat():
     kept = []
-    assert soak.growth(lambda: kept.append(object()), 200_000) > soak.ALLOWED
+    # More than earlier tests have left free in this process.
+    assert soak.growth(lambda: kept.append(bytearray(4096)), 50_000) > soak.ALLOWED
+    kept.clear()
     x = torch.randn(8)
     assert soak.growth(lambda: functional.center(x), 20_000) <= soak.ALLOWED
 
