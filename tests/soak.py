@@ -223,6 +223,8 @@ def entries() -> dict[str, Entry]:
 
 # Those of a fraction of a millisecond: so many calls fewer.
 SLOW = {
+    "FusedSequential, planned anew": 20,
+    "FusedSequential, planned anew, children in a way of its own": 20,
     "FusedSequential, copied": 20,
     "FusedSequential, pickled": 20,
     "a step, planned anew": 20,
