@@ -309,6 +309,7 @@ std::shared_ptr<const Plan> plan_of_call(
   const uint64_t replaced = replaced_functions();
   return known_of<Plan>(network, [&](const Plan& plan) {
     found = {};
+    tensors.clear();
     if (plan.call == Plan::Call::kOtherwise || !fits(plan.called, network, found) || found.hooks) {
       return false;
     }
@@ -322,7 +323,6 @@ std::shared_ptr<const Plan> plan_of_call(
     if (!takes || !plan.is_one_chain()) {
       return all_fit(plan, found.modules.ptr());
     }
-    tensors.clear();
     tensors.take(input);
     Py_ssize_t place = 0;
     return next(plan.parts[0], found.modules.ptr(), place, &tensors, nullptr);
