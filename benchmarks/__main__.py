@@ -19,7 +19,7 @@ from benchmarks.record import Record, RecordError, difference
 RUNS = Path(__file__).resolve().parent / "runs"
 SECONDS = 0.6  # of timing for a case
 QUICK_SECONDS = 0.3
-WIDTH = 180  # of the tables, where no terminal tells its own
+WIDTH = 200  # of the tables, where no terminal tells its own
 INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
 
 
