@@ -422,12 +422,12 @@ def product_tolerance(dtype: torch.dtype, terms: int, magnitude: Tensor, exact: 
     ``terms`` roundings of the accumulator, each at most half its epsilon of a partial sum that
     is at most ``magnitude`` (the sum of the products' absolute values), add up as their root;
     then comes one rounding to ``dtype``, down to its smallest subnormal number. What float64 is
-    measured against is a sum of float64 itself, and as far off on the other side.
+    measured against is a sum of float64 itself, whose roundings come to ours.
     """
     accumulator = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype)
     result = torch.finfo(dtype)
-    sums = 2 if dtype == torch.float64 else 1
-    summed = sums * accumulator.eps * (terms + 1) ** 0.5 * magnitude
+    roundings = (terms + 1) * (2 if dtype == torch.float64 else 1)
+    summed = accumulator.eps * roundings**0.5 * magnitude
     return summed + result.eps / 2 * (exact.abs() + summed) + result.eps / 2 * result.tiny
 
 
