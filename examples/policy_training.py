@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from policy_latency import count, progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -151,18 +152,6 @@ def draw(path: Path, results: dict[str, dict[bool, list[Run]]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar that moves between steps, with no thread of its own beside what is timed."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        auto_refresh=False,
-    )
-
-
 def run(names: list[str], steps: int | None, runs: int, out: Path, console: Console) -> None:
     """The whole example."""
     torch.set_num_threads(1)
@@ -177,13 +166,6 @@ def run(names: list[str], steps: int | None, runs: int, out: Path, console: Cons
     picture = out / "policy_training.png"
     draw(picture, results)
     console.print(f"Learning curves: {picture}", markup=False)
-
-
-def count(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text!r}")
-    return int(text)
 
 
 def main() -> int:

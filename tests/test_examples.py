@@ -1,6 +1,6 @@
 """examples/policy_latency.py: it runs, and tells ties from actions that differ."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +16,7 @@ for needed in ("gymnasium", "stable_baselines3"):
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("policy_latency", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(EXAMPLE.stem)
 
 
 def test_short_training_and_serving_end_in_agreement_and_a_plot(tmp_path):

@@ -1,6 +1,6 @@
 """examples/policy_training.py: it runs, and fuses all networks and optimisers of an algorithm."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +16,7 @@ for needed in ("gymnasium", "stable_baselines3"):
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("policy_training", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(EXAMPLE.stem)
 
 
 def test_short_runs_of_all_algorithms_end_in_a_table_and_a_plot(tmp_path):

@@ -1,6 +1,6 @@
 """examples/train_digits.py: it runs, and tells when something is wrong."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +16,7 @@ for needed in ("matplotlib", "rich", "sklearn"):
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(EXAMPLE.stem)
 
 
 def test_three_ways_learn_the_digits_and_end_in_a_plot(tmp_path):
