@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CenteredLayer", "LazyMyLinear", "MyLinear"]
 
-_is_compiling = torch.compiler.is_compiling
+# Asks less than is_compiling and takes half as long; export has a mode of its own.
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _REFUSED = _C.REFUSED
 
@@ -135,6 +136,19 @@ class MyLinear(nn.Module):
         nn.init.normal_(self.weight)
         if self.bias is not None:
             nn.init.normal_(self.bias)
+
+    def __call__(self, input: Any = _REFUSED, /, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; the extension goes straight to the operator where that is the same.
+
+        The way of ``nn.Module`` to ``forward`` is a third of the time of a small layer.
+        """
+        if not (input is _REFUSED or args or kwargs or _is_compiling()):
+            output = _C.call_layer(self, input)
+            if output is not _REFUSED:
+                return output
+        if input is not _REFUSED:
+            args = (input, *args)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
         """``act(input @ weight + bias)``; see :func:`mylayers.functional.linear_act`."""

@@ -241,14 +241,15 @@ def entries(
         own: its :func:`own_state`.
         attributes: names of what must stay the very value that it is.
         tensors: ``_parameters`` or ``_buffers``: of which tensors the types must stay.
-        hooks: whether it must go on to have hooks, or none.
+        hooks: whether it must go on to have hooks, or none; otherwise they are only noted.
     """
     found: list[tuple[str, int, Any]] = []
     for name, value in own.items():
         if type(name) is not str:
             return None
-        if name in HOOKS and hooks:
-            found.append((name, Must.BE_EMPTY if is_empty(value) else Must.BE_FILLED, None))
+        if name in HOOKS:
+            as_it_is = Must.BE_EMPTY if is_empty(value) else Must.BE_FILLED
+            found.append((name, as_it_is if hooks else Must.BE_HOOKS, None))
         elif name == tensors and type(value) is dict:
             if any(type(key) is not str for key in value):
                 return None

@@ -11,7 +11,10 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
 from torch.nn.utils import parametrize, skip_init
 
-from mylayers import CenteredLayer, LazyMyLinear, MyLinear, reference
+from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LINEAR_OPTIONS = {
@@ -934,6 +937,76 @@ def test_full_backward_hooks_see_and_replace_gradients(make):
     assert torch.equal(out, 2 * incoming)
     assert torch.equal(into, expected)
     assert torch.equal(gradient, -expected)
+
+
+def doubled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: 2 * call(*args, **kwargs)
+
+
+def double_by_a_class(name: str) -> Callable[[MyLinear, pytest.MonkeyPatch], None]:
+    return lambda _, patch: patch.setattr(MyLinear, name, doubled(getattr(MyLinear, name)))
+
+
+def double_by_the_instance(name: str) -> Callable[[MyLinear, pytest.MonkeyPatch], None]:
+    return lambda layer, _: setattr(layer, name, doubled(getattr(layer, name)))
+
+
+def double_by_a_subclass(layer: MyLinear, _: pytest.MonkeyPatch) -> None:
+    class Doubling(MyLinear):
+        def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super()._call_impl(*args, **kwargs)  # type: ignore[misc]
+
+    layer.__class__ = Doubling
+
+
+def double_all_modules(_: MyLinear, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nn.Module, "__call__", doubled(nn.Module.__call__))
+
+
+def double_by_a_global_hook(_: MyLinear, patch: pytest.MonkeyPatch) -> None:
+    hooks = OrderedDict({0: lambda _, __, output: 2 * output})
+    patch.setattr(nn.modules.module, "_global_forward_hooks", hooks)
+
+
+def double_by_a_hook(layer: MyLinear, _: pytest.MonkeyPatch) -> None:
+    layer.register_forward_hook(lambda _, __, output: 2 * output)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(double_by_a_hook, id="a hook"),
+        pytest.param(double_by_a_global_hook, id="a hook on all modules"),
+        *(
+            pytest.param(how(name), id=f"{name} of its {place}")
+            for place, how in (("class", double_by_a_class), ("own", double_by_the_instance))
+            for name in ("forward", "_call_impl")
+        ),
+        pytest.param(
+            lambda layer, _: setattr(layer, "_compiled_call_impl", doubled(layer.forward)),
+            id="its compiled call",
+        ),
+        pytest.param(double_by_a_subclass, id="another class"),
+        pytest.param(double_all_modules, id="__call__ of all modules"),
+    ],
+)
+def test_a_call_does_what_was_changed_since_the_last(change, monkeypatch):
+    layer, x = whole_linear(4, 4), whole(2, 4)
+    plain = [layer(x) for _ in range(3)][-1]
+    assert plain.any()
+    change(layer, monkeypatch)
+    for _ in range(3):
+        assert torch.equal(layer(x), 2 * plain)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("make", [lambda layer: layer, FusedSequential], ids=["layer", "network"])
+def test_a_call_without_an_input_names_it(make):
+    layer, x = make(whole_linear(4, 4)), whole(2, 4)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+            layer()
+        assert torch.equal(layer(input=x), layer(x))
 
 
 def test_state_dict_hooks_fire_in_their_order():

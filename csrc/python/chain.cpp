@@ -414,29 +414,49 @@ void keep_plan(
 
 // ---- a layer alone -----------------------------------------------------------------------------
 
+// What is known of a MyLinear as it is.
+std::shared_ptr<const plans::Layer> known_layer(PyObject* layer, Found& found) {
+  return known_of<plans::Layer>(layer, [&](const plans::Layer& state) {
+    found = {};
+    return fits(state.kind, layer, found);
+  });
+}
+
+// Refused where it must look its parameters up.
+PyObject* run_known(const plans::Layer& layer, const Found& found, PyObject* input) {
+  if (!layer.is_stock || found.weight == nullptr || !THPVariable_CheckExact(input) ||
+      is_watched() || replaced_functions() != 0) {
+    return Py_NewRef(refused());
+  }
+  Held tensors;
+  tensors.take(input);
+  tensors.take(found.weight);
+  if (found.bias != nullptr) {
+    tensors.take(found.bias);
+  }
+  return run_linear_act(tensors, found.bias != nullptr, layer.activation);
+}
+
+// (a MyLinear, input): a call of it. Refused where one would do more than its forward.
+PyObject* call_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  check_count("call_layer", count, 2);
+  if (has_global_hooks()) {
+    return Py_NewRef(refused());
+  }
+  Found found;
+  const auto layer = known_layer(args[0], found);
+  return layer == nullptr || found.hooks ? Py_NewRef(refused()) : run_known(*layer, found, args[1]);
+  END_HANDLE_TH_ERRORS
+}
+
 // (a MyLinear, input): its forward. None where nothing is known of it as it is.
 PyObject* run_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   check_count("run_layer", count, 2);
   Found found;
-  const auto layer = known_of<plans::Layer>(args[0], [&](const plans::Layer& state) {
-    found = {};
-    return fits(state.kind, args[0], found);
-  });
-  if (layer == nullptr) {
-    return Py_NewRef(Py_None);
-  }
-  if (!layer->is_stock || found.weight == nullptr || !THPVariable_CheckExact(args[1]) ||
-      is_watched() || replaced_functions() != 0) {
-    return Py_NewRef(refused());
-  }
-  Held tensors;
-  tensors.take(args[1]);
-  tensors.take(found.weight);
-  if (found.bias != nullptr) {
-    tensors.take(found.bias);
-  }
-  return run_linear_act(tensors, found.bias != nullptr, layer->activation);
+  const auto layer = known_layer(args[0], found);
+  return layer == nullptr ? Py_NewRef(Py_None) : run_known(*layer, found, args[1]);
   END_HANDLE_TH_ERRORS
 }
 
@@ -594,6 +614,7 @@ size_t known_objects() {
 PyMethodDef kEntries[] = {
     entry("call_network", call_network, "call_network(network, input)"),
     entry("run_network", run_network, "run_network(network, input)"),
+    entry("call_layer", call_layer, "call_layer(layer, input)"),
     entry("run_layer", run_layer, "run_layer(layer, input)"),
     entry("forward_backward", forward_backward, "forward_backward(network, loss, input, target)"),
     entry(

@@ -50,7 +50,7 @@ struct Entry {
     kBeBias,     // the same
     kBeForeign,  // anything else
     kHold,       // a dictionary of such entries
-    kBeHooks,    // of a network, which a call of its forward does not ask
+    kBeHooks,    // of a module whose forward may run all the same
     kBeModules,  // of a network
   };
   py::object key;
@@ -110,7 +110,7 @@ struct Found {
   PyObject* bias = nullptr;
   py::object modules;
   bool foreign = false;  // a parameter of a class of its own
-  bool hooks = false;    // those of a network
+  bool hooks = false;    // of a module whose forward may run all the same
   // Dictionaries that it depends on beside the one that has them: that of the parameters, and those
   // that are empty, or are not.
   PyObject* parameters = nullptr;
