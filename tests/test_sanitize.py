@@ -158,7 +158,8 @@ def test_another_library_than_the_one_that_was_built_is_refused(runner, monkeypa
         sanitize.sanitize(name, whole=False)
 
 
-def test_a_whole_run_has_1e5_cases_every_instruction_set_and_the_threads(tmp_path):
+def test_a_whole_run_has_1e5_cases_every_instruction_set_and_the_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitize, "kernels_of", str)
     cases = 0
     for name in sanitize.SANITIZERS:
         steps = list(sanitize.steps(name, True, tmp_path / "last"))
@@ -175,6 +176,17 @@ def test_a_whole_run_has_1e5_cases_every_instruction_set_and_the_threads(tmp_pat
         assert "what_a_module_may_do" in said
         assert "tests/stress.py" in said
     assert cases >= 100_000
+
+
+def test_kernels_that_two_settings_have_are_tested_once_and_drawn_for_twice(tmp_path):
+    steps = [step for step, _, _ in sanitize.steps("guard", True, tmp_path / "last")]
+    different = {
+        sanitize.kernels_of({"ATEN_CPU_CAPABILITY": c} if c else {})
+        for c in sanitize.CAPABILITIES.values()
+    }
+    assert "generic" in different
+    assert sum("test_linear_act" in step for step in steps) == len(different)
+    assert sum(step.startswith("fuzz") for step in steps) == len(sanitize.CAPABILITIES)
 
 
 # ---- drawn calls -----------------------------------------------------------------------
