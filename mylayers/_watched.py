@@ -30,7 +30,7 @@ __all__ = ["replaced"]
 # Where it is looked up, its name, and what is there as long as nobody has replaced it.
 _Function = tuple[ModuleType | type, str, object]
 
-_MODULES = (torch, F, functional)
+_MODULES = (torch, nn, F, functional)
 _OPTIMIZERS = (sgd, adam, rmsprop, adagrad)
 _DEFINING = tuple(
     map(
@@ -134,8 +134,18 @@ HOOKS_ON_STEPS = tuple(
 
 BY_LAYERS = tuple(itertools.chain(*_CALLED.values()))
 
+# What forwards call that users wrote (mylayers/_following.py), beside these.
+BY_FORWARDS = _functions(
+    (torch, "nn"),
+    (nn, "functional"),
+    (F, "tanh"),
+    (F, "sigmoid"),
+    (torch, "flatten"),
+    *((torch.Tensor, name) for name in ("relu", "tanh", "sigmoid")),
+)
+
 _C.watch_optimizers(IN_STEPS, HOOKS_ON_STEPS)
-_C.watch_functions(BY_LAYERS, IN_TRAINING)
+_C.watch_functions(BY_LAYERS + BY_FORWARDS, IN_TRAINING)
 
 
 def replaced(cls: type[nn.Module]) -> str:

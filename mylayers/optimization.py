@@ -3,14 +3,15 @@
 import copyreg
 import importlib
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from torch import nn
 from torch.optim import Optimizer
 
 from mylayers import optimizers
+from mylayers.forwards import OptimizedForward, Rewriting, has_own_forward, refusal
 from mylayers.layers import MyLinear
 from mylayers.sequential import Chain, FusedSequential, Unfused, plan
 from mylayers.stock import Stock
@@ -74,10 +75,10 @@ class Report:
 # ---- classes -----------------------------------------------------------------------------------
 
 
-class _Optimized(FusedSequential):
+class _Optimized(nn.Module):
     """What the classes that :func:`optimize` gives to modules have in common."""
 
-    _original: type[nn.Sequential]
+    _original: type[nn.Module]
 
     def __init_subclass__(cls) -> None:
         """The original's is for the classes that its author derives."""
@@ -99,7 +100,15 @@ class _Optimized(FusedSequential):
         return reduced
 
 
-class OptimizedSequential(_Optimized):
+class _OptimizedSequence(_Optimized, FusedSequential):
+    """Of containers that only run their children."""
+
+
+class _OptimizedForward(_Optimized, OptimizedForward):
+    """Of modules with a forward of their own."""
+
+
+class OptimizedSequential(_OptimizedSequence):
     """An ``nn.Sequential`` that :func:`optimize` has fused."""
 
     _original = nn.Sequential
@@ -108,7 +117,7 @@ class OptimizedSequential(_Optimized):
 _making = threading.Lock()
 
 
-def _fused_class(original: type[nn.Sequential]) -> type[_Optimized]:
+def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class for modules of ``original``, which alone keeps it alive.
 
     Its name says which it is, so that pickle finds it: ``Fused[package/module:Class]``.
@@ -116,18 +125,36 @@ def _fused_class(original: type[nn.Sequential]) -> type[_Optimized]:
     if original is nn.Sequential:
         return OptimizedSequential
     with _making:
+        own_forward = has_own_forward(original)
         for cls in type.__subclasses__(original):
             if cls.__dict__.get("_original") is original:
-                return cls  # type: ignore[return-value]
+                if own_forward:
+                    _renew(cls)
+                return cls
         module, name = original.__module__, original.__qualname__
-        attributes = {
+        attributes: dict[str, Any] = {
             "_original": original,
             "__doc__": original.__doc__,
             "__module__": __name__,
             "__qualname__": f"Fused[{module.replace('.', '/')}:{name.replace('.', '/')}]",
         }
-        make, bases = type(original), (_Optimized, original)
-        return make("Fused" + original.__name__, bases, attributes)  # type: ignore
+        bases: tuple[type, ...] = (_OptimizedSequence, original)
+        if own_forward:
+            attributes["_rewriting"] = Rewriting.of(original)
+            bases = (_OptimizedForward, original)
+            if issubclass(original, nn.Sequential):  # which super().forward then is
+                bases = (*bases, FusedSequential)
+        make: Any = type(original)
+        return make("Fused" + original.__name__, bases, attributes)  # type: ignore[no-any-return]
+
+
+def _renew(cls: Any) -> None:
+    """A class of ours, where the original has got another forward."""
+    rewriting = vars(cls)["_rewriting"]
+    if not isinstance(rewriting, Rewriting) or not rewriting.is_current():
+        if "forward" in vars(cls):
+            del cls.forward
+        cls._rewriting = Rewriting.of(vars(cls)["_original"])
 
 
 def __getattr__(name: str) -> Any:
@@ -137,12 +164,12 @@ def __getattr__(name: str) -> Any:
         found: Any = importlib.import_module(module.replace("/", "."))
         for part in qualname.split("/"):
             found = getattr(found, part)
-        if isinstance(found, type) and issubclass(found, nn.Sequential):
+        if isinstance(found, type) and issubclass(found, nn.Module):
             return _fused_class(found)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _empty(original: type[nn.Sequential]) -> nn.Module:
+def _empty(original: type[nn.Module]) -> nn.Module:
     cls = _fused_class(original)
     return cls.__new__(cls)
 
@@ -155,25 +182,33 @@ def _class_names(modules: list[nn.Module]) -> str:
 
 
 _STOCK_SEQUENTIAL = Stock(nn.Sequential())
+_STOCK_MODULE = Stock(nn.Module())
 
 
-def _refusal(sequence: nn.Sequential) -> str:
+def _refusal(module: nn.Module) -> str:
     """Why its class stays; "" if it may be changed."""
-    cls = type(sequence)
-    difference = _STOCK_SEQUENTIAL.difference(cls)
-    if difference.name.startswith("metaclass "):
-        return f"{cls.__name__} has the {difference.name}"
-    if difference.name:
-        return f"{cls.__name__} overrides Sequential.{difference.name}"
+    cls = type(module)
+    is_sequence = isinstance(module, nn.Sequential)
+    known = _STOCK_SEQUENTIAL if is_sequence else _STOCK_MODULE
+    if has_own_forward(cls):
+        difference = refusal(cls)
+        if difference:
+            return difference
+    else:
+        found = known.difference(cls)
+        if found.name.startswith("metaclass "):
+            return f"{cls.__name__} has the {found.name}"
+        if found.name:
+            return f"{cls.__name__} overrides Sequential.{found.name}"
     if "__final__" in vars(cls):
         return f"{cls.__name__} is final"
     for base in cls.__mro__:
         if "__init_subclass__" in vars(base) and base not in _WITHOUT_SAY:
             return f"{base.__name__} decides on its subclasses in __init_subclass__"
-    shadow = _STOCK_SEQUENTIAL.is_shadowed_by(vars(sequence))
+    shadow = known.is_shadowed_by(vars(module))
     if shadow:
         return f"its {shadow} was replaced"
-    if type(vars(sequence).get("_modules")) is not dict:
+    if type(vars(module).get("_modules")) is not dict:
         return "its children are not in a dict"
     return ""
 
@@ -196,7 +231,7 @@ class _Changes:
             for module, cls in reversed(self._done):
                 _set_class(module, cls)
 
-    def make(self, module: nn.Sequential) -> str:
+    def make(self, module: nn.Module) -> str:
         """Give a module its fused class; why it cannot have it, or ""."""
         before = type(module)
         self._done.append((module, before))
@@ -215,41 +250,144 @@ class _Changes:
 _set_class = vars(object)["__class__"].__set__
 
 
-def _optimize_sequence(path: str, sequence: nn.Sequential, changes: _Changes) -> Iterator[Finding]:
+def _rows(path: str, sequence: nn.Sequential) -> list[Finding]:
+    """What becomes of its children, where it is one that fuses them."""
     names, children = list(sequence._modules), list(sequence._modules.values())
     parts = plan(children)
     if not any(isinstance(part, Chain) and part.saves_calls for part in parts):
-        return
-    if not isinstance(sequence, FusedSequential):
-        refusal = _refusal(sequence) or changes.make(sequence)
-        if refusal:
-            yield Finding(path, type(sequence).__name__, refusal)
-            return
-    place = 0
+        return []
+    rows, place = [], 0
     for part in parts:
         if isinstance(part, Chain):
             stop = part.children.stop
-            yield Finding(path, _class_names(children[place:stop]))
+            rows.append(Finding(path, _class_names(children[place:stop])))
             place = stop
         else:
             if not isinstance(children[place], nn.Sequential):  # which has findings of its own
                 child_path = f"{path}.{names[place]}" if path else names[place]
-                yield Finding(child_path, type(children[place]).__name__, part.reason)
+                rows.append(Finding(child_path, type(children[place]).__name__, part.reason))
             place += 1
+    return rows
+
+
+def _optimize_sequence(path: str, sequence: nn.Sequential, changes: _Changes) -> list[Finding]:
+    rows = _rows(path, sequence)
+    if rows and not isinstance(sequence, FusedSequential):
+        objection = _refusal(sequence) or changes.make(sequence)
+        if objection:
+            return [Finding(path, type(sequence).__name__, objection)]
+    return rows
+
+
+def _optimize_forward(path: str, module: nn.Module, changes: _Changes) -> "_Forward":
+    """Of a module with a forward of its own."""
+    cls = type(module)
+    rewriting: Any = vars(cls).get("_rewriting")
+    if isinstance(module, OptimizedForward):
+        _fused_class(vars(cls)["_original"])  # which may have got another forward
+        rewriting = vars(cls).get("_rewriting")
+    else:
+        objection = _refusal(module)
+        if objection:
+            return _Forward(reason=objection)
+        rewriting = Rewriting.of(cls)
+    if not isinstance(rewriting, Rewriting):
+        return _Forward(reason=str(rewriting))
+    search = rewriting.search(module, False)
+    findings = [Finding(path, region.label) for region in search.found]
+    layers = {id(layer) for region in search.found for layer in region.modules}
+    is_worth = bool(findings or rewriting.search(module, True).found)
+    if isinstance(module, nn.Sequential) and rewriting.calls_super():
+        rows = _rows(path, module)
+        is_worth = is_worth or any(row.fused for row in rows)
+        findings += rows
+        layers.update(map(id, module._modules.values()))
+    if is_worth and not isinstance(module, OptimizedForward):
+        objection = changes.make(module)
+        if objection:
+            return _Forward(reason=objection)
+    return _Forward(findings, layers, search.reasons)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What became of a forward.
+
+    Attributes:
+        findings: one for each region.
+        layers: ids of the modules in them.
+        reasons: of other modules, why what calls them is not followed further.
+        reason: why none of it is followed.
+    """
+
+    findings: Sequence[Finding] = ()
+    layers: Collection[int] = ()
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(below, nn.Linear | MyLinear) for below in module.modules())
+
+
+_OUTSIDE = "it is not in an nn.Sequential that fuses"
 
 
 def _optimize(model: nn.Module, changes: _Changes) -> Iterator[Finding]:
-    reported: set[int] = set()
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Sequential):
-            for finding in _optimize_sequence(path, module, changes):
-                reported.update(map(id, module._modules.values()))
-                yield finding
-        elif isinstance(module, nn.Linear | MyLinear) and id(module) not in reported:
+    modules = list(model.named_modules())
+    rows: dict[int, Sequence[Finding]] = {}
+    fused: set[int] = set()
+    for path, module in modules:
+        if isinstance(module, nn.Sequential) and not has_own_forward(type(module)):
+            rows[id(module)] = _optimize_sequence(path, module, changes)
+            if rows[id(module)]:
+                fused.update(map(id, module._modules.values()))
+    # Behind them, as a region knows the classes of the containers in it.
+    reasons: dict[int, str] = {}
+    for path, module in modules:
+        if _may_have_regions(module):
+            forward = _optimize_forward(path, module, changes)
+            rows[id(module)] = forward.findings
+            fused.update(forward.layers)
+            reasons.update(_reasons(module, forward))
+    for path, module in modules:
+        yield from rows.get(id(module), ())
+        if isinstance(module, nn.Linear | MyLinear) and id(module) not in fused:
             (alone,) = plan([module])
-            outside = "it is not in an nn.Sequential that fuses"
+            outside = reasons.get(id(module), _OUTSIDE)
             reason = alone.reason if isinstance(alone, Unfused) else outside
             yield Finding(path, type(module).__name__, reason)
+
+
+def _reasons(module: nn.Module, forward: _Forward) -> Iterator[tuple[int, str]]:
+    """Of each module that this forward may call: why it runs by itself."""
+    name = vars(type(module)).get("_original", type(module)).__name__
+    for child in _called_by(module):
+        why = forward.reasons.get(id(child))
+        if forward.reason:
+            yield id(child), forward.reason
+        elif why:
+            yield id(child), f"{name}.forward is not followed further than to it: {why}"
+        else:
+            yield id(child), f"{name}.forward calls it in no line that is followed"
+
+
+def _called_by(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module._modules.values():
+        if child is not None and not _may_have_regions(child):
+            yield child
+            if not has_own_forward(type(child)):
+                yield from _called_by(child)
+
+
+def _may_have_regions(module: nn.Module) -> bool:
+    cls = type(module)
+    return (
+        has_own_forward(cls)
+        and bool(module._modules)
+        and not cls.__module__.startswith("torch.")
+        and _has_linear(module)
+    )
 
 
 # ---- the functions -----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ _State = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """What a child is to a chain.
 
     Attributes:
@@ -50,6 +50,11 @@ class _Layer:
     @property
     def is_linear(self) -> bool:
         return self.step.startswith("linear")
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it is linear, without an activation."""
+        return self.step in _AFFINE_STEPS
 
     @property
     def computes(self) -> bool:
@@ -80,7 +85,7 @@ _COMPUTED = "its weight or bias is computed, not a parameter"
 # Each rule is given the state of a module that is one of its class's, and nothing else of it.
 
 
-def _linear(own: _State, step: str, *attributes: str) -> _Layer | Unfused:
+def _linear(own: _State, step: str, *attributes: str) -> Layer | Unfused:
     parameters = own["_parameters"]
     if type(parameters) is not dict:
         return Unfused(f"its parameters are in a {type(parameters).__name__}")
@@ -96,7 +101,7 @@ def _linear(own: _State, step: str, *attributes: str) -> _Layer | Unfused:
     if not _takes(parameters["weight"], parameters["bias"], 0 if name == "linear_t" else 1):
         return Unfused("its weight is no matrix, or its bias is broadcast")
     bias = [] if parameters["bias"] is None else ["bias"]
-    return _Layer("+".join([name, *bias, *activation]), attributes)
+    return Layer("+".join([name, *bias, *activation]), attributes)
 
 
 def _takes(weight: Tensor, bias: Tensor | None, of_units: int) -> bool:
@@ -108,7 +113,7 @@ def _takes(weight: Tensor, bias: Tensor | None, of_units: int) -> bool:
     return bias.dim() == 1 and bias.shape[0] == weight.shape[of_units]
 
 
-def _my_linear(own: _State) -> _Layer | Unfused:
+def _my_linear(own: _State) -> Layer | Unfused:
     activation = own.get("activation")
     if activation is None:
         return _linear(own, "linear", "activation")
@@ -122,13 +127,13 @@ def _my_linear(own: _State) -> _Layer | Unfused:
     return replace(layer, step=f"{layer.step}; {activation}")
 
 
-def _activation(module: type[nn.Module]) -> Callable[[_State], _Layer | Unfused]:
+def _activation(module: type[nn.Module]) -> Callable[[_State], Layer | Unfused]:
     known = {name: one for name, one in ACTIVATIONS.items() if one.module is module}
     settings = sorted({setting for one in known.values() for setting in one.settings})
     works_in_place = "inplace" in vars(module())
     attributes = (*settings, "inplace") if works_in_place else tuple(settings)
 
-    def rule(own: _State) -> _Layer | Unfused:
+    def rule(own: _State) -> Layer | Unfused:
         inplace = own.get("inplace") if works_in_place else False
         given = {setting: own.get(setting) for setting in settings}
         if type(inplace) is not bool:
@@ -138,7 +143,7 @@ def _activation(module: type[nn.Module]) -> Callable[[_State], _Layer | Unfused]
                 return Unfused(f"its {setting} is of {type(value).__name__}", attributes)
         for name, one in known.items():
             if given == one.settings:
-                return _Layer(name, attributes, inplace)
+                return Layer(name, attributes, inplace)
         reasons = []
         for setting, value in given.items():
             fused = " or ".join(repr(one.settings[setting]) for one in known.values())
@@ -148,7 +153,7 @@ def _activation(module: type[nn.Module]) -> Callable[[_State], _Layer | Unfused]
     return rule
 
 
-def _centered(own: _State) -> _Layer | Unfused:
+def _centered(own: _State) -> Layer | Unfused:
     if own.get("_group") is not None:
         return Unfused("its mean is over several processes", ("_group",))
     dim = own.get("dim")
@@ -156,31 +161,31 @@ def _centered(own: _State) -> _Layer | Unfused:
     if dims is not None and not (type(dims) is tuple and all(map(stock.is_index, dims))):
         return Unfused("its dim is neither None nor an int nor a tuple of them", ("dim",))
     step = f"center({','.join(map(str, dims))})" if dims else "center"
-    return _Layer(step, ("dim", "_group"))
+    return Layer(step, ("dim", "_group"))
 
 
-def _flatten(own: _State) -> _Layer | Unfused:
+def _flatten(own: _State) -> Layer | Unfused:
     first, last = own.get("start_dim"), own.get("end_dim")
     if not stock.is_index(first) or not stock.is_index(last):
         return Unfused("its start_dim or end_dim is no int", ("start_dim", "end_dim"))
-    return _Layer(f"flatten({first},{last})", ("start_dim", "end_dim"))
+    return Layer(f"flatten({first},{last})", ("start_dim", "end_dim"))
 
 
-def _dropout(own: _State) -> _Layer | Unfused:
+def _dropout(own: _State) -> Layer | Unfused:
     if own.get("training") is not False:
         return Unfused("dropout is random in training", ("training",))
     p: Any = own.get("p")
     if type(p) not in (int, float) or not 0 <= p <= 1:
         return Unfused("its p is no probability", ("p",))
-    return _Layer("", ("training", "p"))
+    return Layer("", ("training", "p"))
 
 
-_RULES: dict[type[nn.Module], Callable[[_State], _Layer | Unfused]] = {
+_RULES: dict[type[nn.Module], Callable[[_State], Layer | Unfused]] = {
     nn.Linear: lambda own: _linear(own, "linear_t"),
     MyLinear: _my_linear,
     **{one.module: _activation(one.module) for one in ACTIVATIONS.values()},
     CenteredLayer: _centered,
-    nn.Identity: lambda _: _Layer(""),
+    nn.Identity: lambda _: Layer(""),
     nn.Flatten: _flatten,
     nn.Dropout: _dropout,
 }
@@ -241,7 +246,13 @@ def _no_kernel(cls: type) -> str:
     return f"{cls.__name__} has no fused kernel"
 
 
-def _look(child: nn.Module) -> _Look:
+def look_at(child: nn.Module, *, evaluates: bool = False) -> _Look:
+    """What planning sees of a child; as if it were in evaluation mode, if it is so asked."""
+    look = _look_as_it_is(child)
+    return look._replace(own={**look.own, "training": False}) if evaluates else look
+
+
+def _look_as_it_is(child: nn.Module) -> _Look:
     cls = type(child)
     if _is_compiling():
         reason = _class_objection(cls)
@@ -266,7 +277,8 @@ def _is_made(own: _State) -> bool:
     return is_mapping and all(hooks in own for hooks in HOOKS)
 
 
-def _layer(child: nn.Module, look: _Look) -> _Layer | Unfused:
+def layer_of(child: nn.Module, look: _Look) -> Layer | Unfused:
+    """What it is to a chain."""
     if look.objection is not None:
         return look.objection
     own, base = look.own, _base(type(child))
@@ -288,7 +300,7 @@ def _layer(child: nn.Module, look: _Look) -> _Layer | Unfused:
     return _RULES[base](own)
 
 
-def _kind(child: nn.Module, look: _Look, layer: _Layer | Unfused) -> stock.Kind:
+def kind_of(child: nn.Module, look: _Look, layer: Layer | Unfused) -> stock.Kind:
     """The child as the extension compares it."""
     cls = type(child)
     if isinstance(layer, Unfused) and layer.lasting:
@@ -310,7 +322,7 @@ class Chain:
     """
 
     children: range
-    layers: tuple[_Layer, ...]
+    layers: tuple[Layer, ...]
     program: str
 
     @property
@@ -328,7 +340,7 @@ _ACTIVATION_STEPS = tuple(name for name, one in ACTIVATIONS.items() if not one.r
 _AFFINE_STEPS = ("linear", "linear+bias", "linear_t", "linear_t+bias")
 
 
-def _program(layers: Iterable[_Layer]) -> str:
+def _program(layers: Iterable[Layer]) -> str:
     steps: list[str] = []
     takes_activation = False
     for layer in layers:
@@ -341,9 +353,10 @@ def _program(layers: Iterable[_Layer]) -> str:
     return "; ".join(steps)
 
 
-def _parts(layers: list[_Layer | Unfused]) -> list[Chain | Unfused]:
+def parts_of(layers: list[Layer | Unfused]) -> list[Chain | Unfused]:
+    """Layers in order: chains, and one entry for each that runs by itself."""
     parts: list[Chain | Unfused] = []
-    run: list[_Layer] = []
+    run: list[Layer] = []
 
     def end_chain(stop: int) -> None:
         # An activation alone is PyTorch's own; a flatten at the end has no result for the operator.
@@ -361,7 +374,7 @@ def _parts(layers: list[_Layer | Unfused]) -> list[Chain | Unfused]:
 
     place = -1
     for place, layer in enumerate(layers):
-        in_place = isinstance(layer, _Layer) and layer.in_place
+        in_place = isinstance(layer, Layer) and layer.in_place
         if in_place and not any(earlier.computes for earlier in run):
             layer = Unfused("it works in place on what it is given", ("inplace",))
         if isinstance(layer, Unfused):
@@ -380,12 +393,7 @@ def plan(children: Iterable[nn.Module], *, evaluates: bool = False) -> list[Chai
         children: as they stand in a network.
         evaluates: whether it is asked as if all were in evaluation mode.
     """
-
-    def look(child: nn.Module) -> _Look:
-        found = _look(child)
-        return found._replace(own={**found.own, "training": False}) if evaluates else found
-
-    return _parts([_layer(child, look(child)) for child in children])
+    return parts_of([layer_of(child, look_at(child, evaluates=evaluates)) for child in children])
 
 
 def parameters_of(children: Iterable[nn.Module]) -> list[Tensor]:
@@ -406,30 +414,28 @@ class _Call(IntEnum):
 def _keep_plan(network: "FusedSequential") -> bool:
     """Let the extension know how to run the network as it is; whether there is a way."""
     iterates = _C.iterates(network)
-    kind, _ = _as_it_is(network, _STOCK_NETWORK, iterates)
-    called, is_stocks = _as_it_is(
-        network, _STOCK_NETWORK if iterates else _STOCK_BUT_ITER, iterates
-    )
+    kind, _ = as_it_is(network, _STOCK_NETWORK, iterates)
+    called, is_stocks = as_it_is(network, _STOCK_NETWORK if iterates else _STOCK_BUT_ITER, iterates)
     call = _Call.CHILDREN
     if not is_stocks:
-        called, is_stocks = _as_it_is(network, _STOCK_UP_TO_FORWARD, iterates)
+        called, is_stocks = as_it_is(network, _STOCK_UP_TO_FORWARD, iterates)
         call = _Call.FORWARD if is_stocks else _Call.OTHERWISE
     replaced = _C.replaced_functions()
     if not iterates:
         _C.keep_plan(network, kind, called, call, replaced, None)
         return True
     children = list(network.__dict__["_modules"].values())
-    looks = list(map(_look, children))
-    layers = list(map(_layer, children, looks))
+    looks = list(map(look_at, children))
+    layers = list(map(layer_of, children, looks))
     parts: list[tuple[str | None, tuple[stock.Kind, ...]]] = []
     place = 0
-    for part in _parts(layers):
+    for part in parts_of(layers):
         if isinstance(part, Chain):
-            kinds = [_kind(children[i], looks[i], layers[i]) for i in part.children]
+            kinds = [kind_of(children[i], looks[i], layers[i]) for i in part.children]
             parts.append((part.program, tuple(kinds)))
             place = part.children.stop
         else:
-            parts.append((None, (_kind(children[place], looks[place], part),)))
+            parts.append((None, (kind_of(children[place], looks[place], part),)))
             place += 1
     if _C.replaced_functions() != replaced:  # by another thread, in between
         return False
@@ -437,7 +443,7 @@ def _keep_plan(network: "FusedSequential") -> bool:
     return True
 
 
-def _as_it_is(network: "FusedSequential", known: Stock, iterates: bool) -> tuple[stock.Kind, bool]:
+def as_it_is(network: nn.Module, known: Stock, iterates: bool) -> tuple[stock.Kind, bool]:
     """The network as the extension compares it; whether a call of it is one of the stock class."""
     cls = type(network)
     version, difference = stock.judge(cls, known)

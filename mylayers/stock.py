@@ -91,9 +91,14 @@ class Stock:
         harmless: of the names, those that a subclass or an instance may have of its own.
     """
 
-    def __init__(self, prototype: nn.Module, also_harmless: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        prototype: nn.Module,
+        also_harmless: Collection[str] = (),
+        harmless: frozenset[str] = HARMLESS,
+    ) -> None:
         self.cls = type(prototype)
-        self.harmless = HARMLESS.union(also_harmless)
+        self.harmless = harmless.union(also_harmless)
         self.state = frozenset(vars(prototype))
         self._classes = {cls: dict(vars(cls)) for cls in self.cls.__mro__}
         self.names = (

@@ -83,10 +83,14 @@ void watch_functions(const py::tuple& by_layers, const py::tuple& in_training) {
   std::swap(watched(), made);
 }
 
+}  // namespace
+
 bool has_global_hooks() { return has_entries(watched().hooks, names().global_hooks); }
 
 // Which functions that layers call are replaced; 0 if none is, another number for other ones.
 uint64_t replaced_functions() { return watched().by_layers.replaced(); }
+
+namespace {
 
 // ---- FusedSequential ---------------------------------------------------------------------------
 
@@ -136,13 +140,17 @@ bool takes_parameters(const py::object& weight, const py::object& bias, int64_t 
       of_units);
 }
 
+}  // namespace
+
 // The same of a child that a linear step of a program is for.
-bool takes_parameters(const LinearStep& step, const Found& found) {
+bool fits_step(const LinearStep& step, const Found& found) {
   return found.foreign || is_matrix_and_vector(
                               THPVariable_Unpack(found.weight),
                               found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
                               step.transposed ? 0 : 1);
 }
+
+namespace {
 
 // The next children of a network, from a place in its _modules on. Into `children`, if given; into
 // `parameters`, if given, the tensors of those that are linear, which must then be of no class of
@@ -162,7 +170,7 @@ bool next(
     as_planned =
         as_planned && fits(kind, module, found) && !(parameters != nullptr && found.foreign);
     if (as_planned && step != nullptr && (found.weight != nullptr || found.foreign)) {
-      as_planned = takes_parameters(**step++, found);
+      as_planned = fits_step(**step++, found);
     }
     if (as_planned && parameters != nullptr && found.weight != nullptr) {
       parameters->take(found.weight);
@@ -207,12 +215,16 @@ bool is_short(const Held& tensors, const Program& program) {
   return at_most(kShort) || at_most(short_now());
 }
 
+}  // namespace
+
 PyObject* run_program(const Program& program, Held& tensors) {
   const auto shortcut = shortcut_of(arguments(tensors[0], {tensors.from(1)}));
   return wrapped(is_short(tensors, program), shortcut, tensors, [&] {
     return sequential_by(shortcut, tensors[0], tensors.from(1), program);
   });
 }
+
+namespace {
 
 // The next child's result of x.
 py::object call_next(const py::object& modules, Py_ssize_t& place, const py::object& x) {

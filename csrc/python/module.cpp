@@ -15,6 +15,7 @@
 #include "../cpu/machine/tuning.h"
 #include "chain.h"
 #include "entries.h"
+#include "forwards.h"
 #include "frozen.h"
 #include "optimizers.h"
 
@@ -134,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of mylayers; use mylayers.functional and mylayers.MyLinear.";
   add_operators(m);
   add_chain(m);
+  add_forwards(m);
   add_frozen(m);
   add_optimizers(m);
   m.def("build_info", build_info);
