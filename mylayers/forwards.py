@@ -459,7 +459,7 @@ def _above(cls: Any, original: Any, module: Any) -> Any:
 def _chosen(compiles: Any, leaves: Any, read: Any, above: Any, with_regions: Any) -> Any:
     def forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         if compiles() or leaves(read, self):
-            return above(self).forward(*args, **kwargs)
+            return above(self)(*args, **kwargs)
         return with_regions(self, *args, **kwargs)
 
     return forward
