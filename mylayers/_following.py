@@ -218,7 +218,12 @@ class Element:
 
 
 # Of which forwards ask the length and items, too, and make others by slices.
-_LIST = Stock(nn.ModuleList(), harmless=frozenset())
+_LIST = Stock(
+    nn.ModuleList(),
+    harmless=stock.HARMLESS
+    - {"__len__", "__getitem__", "append", "extend", "__iadd__", "add_module", "register_module"},
+)
+_LIST_INIT = vars(nn.ModuleList)["__init__"]  # Dynamo replaces nn.Module's
 _ITER = nn.Sequential.__iter__
 _NETWORKS = (Stock(nn.Sequential()), Stock(FusedSequential()))
 
@@ -548,7 +553,7 @@ class Follower:
             return value.items
         if isinstance(value, _Module):
             module = self.nodes[value.node].module
-            if type(module) is nn.ModuleList:
+            if type(module) is nn.ModuleList and vars(nn.ModuleList)["__init__"] is _LIST_INIT:
                 return tuple(map(_Module, self._children(value.node, [_LIST])))
             if value.node == 0 and isinstance(module, nn.Sequential):
                 return tuple(map(_Module, self._own_children()))

@@ -406,8 +406,17 @@ class Rewriting:
     def search(self, module: nn.Module, evaluates: bool) -> "_Search":
         """For the regions of a module of the class."""
         search = _Search(module, self.source, self._names, evaluates)
-        search.in_block(self.source.tree.body)
+        if not self.has_any_arguments():
+            search.in_block(self.source.tree.body)
         return search
+
+    def has_any_arguments(self) -> bool:
+        """Whether it takes any number of arguments, or some by name alone.
+
+        torch.fx takes the code of such a forward apart, and must find the user's own.
+        """
+        given = self.source.tree.args
+        return bool(given.vararg or given.kwonlyargs or given.kwarg)
 
     def number(self, cls: type[nn.Module], places: Iterable[_Place]) -> dict[_Place, int]:
         """Those places that the forward of a class of ours has, new ones among them, by number."""
@@ -424,10 +433,9 @@ class Rewriting:
         """Whether a region is all that the forward does with its one argument."""
         given, body = self.source.tree.args, self.source.tree.body
         names = [a.arg for a in (*given.posonlyargs, *given.args)]
-        simple = not (given.vararg or given.kwonlyargs or given.kwarg)
         first = int(isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant))
         returns = place.stop > 0 and not place.output
-        if not (simple and len(names) == 2 and place.input == names[1] and returns):
+        if not (len(names) == 2 and place.input == names[1] and returns):
             return False
         return place.block == id(body) and place.start <= first
 

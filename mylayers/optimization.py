@@ -306,7 +306,12 @@ def _optimize_forward(path: str, module: nn.Module, changes: _Changes) -> "_Forw
         objection = changes.make(module)
         if objection:
             return _Forward(reason=objection)
-    return _Forward(findings, layers, search.reasons)
+    reason = ""
+    if rewriting.has_any_arguments():
+        reason = (
+            f"{rewriting.original.__name__}.forward takes any number of arguments, or named ones"
+        )
+    return _Forward(findings, layers, search.reasons, reason)
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class FunctionAsAttribute(Base):
 
 
 class OptionalArgument(Base):
-    def forward(self, x, mask=None, *, scale: float = 1.0):
+    def forward(self, x, mask=None, scale: float = 1.0):
         x = self.b(F.relu(self.a(x)))
         if mask is not None:
             x = x * mask
@@ -260,6 +260,11 @@ class AnyArguments(Base):
     def forward(self, *args, **kwargs):
         (x,) = args
         return self.b(F.relu(self.a(x)), **kwargs)
+
+
+class NamedArguments(Base):
+    def forward(self, x, *, scale=1.0):
+        return self.b(F.relu(self.a(x))) * scale
 
 
 class Residual(Base):
@@ -290,7 +295,8 @@ class ReturnsItsMiddle(Base):
 
 class InTheMiddle(Base):
     def forward(self, x):
-        assert x.dim() == 2
+        if x.dim() != 2:
+            raise ValueError(x.shape)
         x = x * 2
         x = self.b(F.relu(self.a(x)))
         x = self.norm(x)
@@ -564,7 +570,8 @@ CASES = [
     Case(FlagOfTraining, "a + relu + b + c", "a + relu + c"),
     Case(FunctionAsAttribute, "layers.0 + tanh + layers.1 + tanh + layers.2"),
     Case(OptionalArgument, "a + relu + b"),
-    Case(AnyArguments, "a + relu + b"),
+    Case(AnyArguments, "", why="any number of arguments"),
+    Case(NamedArguments, "", why="or named ones"),
     Case(Residual, "a + relu + b"),
     Case(ResidualByName, "a + relu + b"),
     Case(TwoHeads, "a + relu + b + tanh"),
@@ -572,7 +579,7 @@ CASES = [
     Case(InTheMiddle, "a + relu + b, c + tanh"),
     Case(NormBetween, "c + relu + a"),
     Case(OnValues, "a + relu + b, b + tanh + c"),
-    Case(Computed, "", why="an expression of binop"),
+    Case(Computed, "", why="it computes by mult"),
     Case(GivenByName, "", why="more than one tensor"),
     Case(WithBlocks, "a + relu + b, a + relu + b"),
     Case(LambdaInIt, "a + relu + b"),
@@ -697,14 +704,10 @@ def test_the_report_says_what_is_fused_and_why_the_rest_is_not(case, training):
 @either_mode
 def test_what_is_fused_is_computed_by_that_many_operators(case, training):
     net = case.made(training)
-    expected = len(mylayers.optimize(net).fused)
-    runs = operators(net)
-    assert runs >= 1
-    if case.name not in ("OnValues", *_USES_NO_NET):
-        assert runs == expected
-
-
-_USES_NO_NET = [c.name for c in CASES if c.name not in ("TwoHeads", "ChainOfLoops", "ChainOfSuper")]
+    regions = fused(mylayers.optimize(net)).split(", ")
+    containers = case.name == "TwoHeads"  # whose second head is one
+    if case.name != "OnValues":
+        assert operators(net) == len(regions) + containers
 
 
 @fused_case
@@ -927,13 +930,9 @@ PATCHES: dict[str, tuple[type[nn.Module], Callable[[Patch], Any]]] = {
         OptionalArgument,
         lambda patch: patch.setattr(OptionalArgument.forward, "__defaults__", (torch.ones(4) * 3,)),
     ),
-    "forward's defaults by name replaced": (
+    "forward's defaults by name given": (
         OptionalArgument,
         lambda patch: patch.setattr(OptionalArgument.forward, "__kwdefaults__", {"scale": 3.0}),
-    ),
-    "forward's defaults by name changed": (
-        OptionalArgument,
-        lambda patch: patch.setitem(OptionalArgument.forward.__kwdefaults__, "scale", 3.0),
     ),
     "__call__ of the class": (
         Lines,
@@ -1092,12 +1091,12 @@ def test_other_roads_see_the_users_own_forward(cls):
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     assert_close([compiled(x())], [expected])
     program = torch.export.export(ours, (x(),))
-    assert "mylayers" not in str(program.graph) or cls is ChainOfSuper
+    assert "mylayers." not in str(program.graph) or cls is ChainOfSuper
     assert_close([program.module()(x())], [expected])
     traced = torch.jit.trace(ours, x())
     assert_close([traced(x())], [expected])
-    assert "mylayers" not in str(traced.inlined_graph) or cls is ChainOfSuper
-    if cls is not OptionalArgument:
+    assert "mylayers::" not in str(traced.inlined_graph) or cls is ChainOfSuper
+    if cls not in (ChainOfSuper, OptionalArgument):  # which ask what their inputs are
         followed = torch.fx.symbolic_trace(ours)
         assert_close([followed(x())], [expected])
     for _ in range(20):
