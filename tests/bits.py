@@ -26,8 +26,9 @@ Case = tuple[str, str, list[Any]]
 
 
 def cases() -> Iterator[Case]:
-    import samples  # which imports mylayers: the process that computes may have another one
-    import test_sequential
+    # These import mylayers: the process that computes may have another one.
+    import chains
+    import samples
 
     for dtype in samples.KERNEL_DTYPES:
         short = str(dtype)[6:]
@@ -38,13 +39,13 @@ def cases() -> Iterator[Case]:
             dim = sample.kwargs["dim"]
             dims = [dim] if isinstance(dim, int) else dim if dim is None else list(dim)
             yield f"center {short} {sample}", "center", [*sample.args, dims]
-        for program in test_sequential.PROGRAMS:
-            x, *parameters = test_sequential.arguments(program, (4,), dtype)
+        for program in chains.PROGRAMS:
+            x, *parameters = chains.arguments(program, (4,), dtype)
             yield f"sequential {short} {program}", "sequential", [x, parameters, program]
         program = "linear_t+bias+tanh; linear+relu; linear_t+bias"
         for rows, *units in ((1, 64, 64, 64, 8), (300, 64, 64, 64, 8), (70, 300, 520, 1030, 9)):
             x = samples.drawer(program, dtype)(rows, units[0])
-            parameters = test_sequential.draw_parameters(program, (units[0],), units[1:], dtype)
+            parameters = chains.draw_parameters(program, (units[0],), units[1:], dtype)
             name = f"sequential {short} {rows} rows of {units} {program}"
             yield name, "sequential", [x, parameters, program]
 

@@ -1,10 +1,16 @@
 """Plugins and fixtures that test files share."""
 
+import dataclasses
+import importlib
 import os
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 from certificate import Certificate
+from harness import ROOT, SUITES, eager_suite, made_limits, tiny_shape
 from processes import Processes
 
 # Before mylayers is imported, which reads it: products are ours on every machine. PyTorch's, where
@@ -16,8 +22,40 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Certificate(), "certificate")
 
 
+@pytest.fixture
+def seed() -> None:
+    """Draws the same numbers whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
     group = Processes(request.param)
     yield group
     group.stop()
+
+
+@pytest.fixture(scope="session")
+def bench() -> SimpleNamespace:
+    """The harness's modules; it is run from the repository's root, not installed."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        modules = (ROOT / "benchmarks").glob("*.py")
+        names = [module.stem for module in modules if module.stem != "__init__"]
+        return SimpleNamespace(
+            **{name.strip("_"): importlib.import_module(f"benchmarks.{name}") for name in names}
+        )
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+@pytest.fixture
+def tiny_suites(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suites cut down to one tiny shape, no time spent beyond the fewest rounds."""
+    for name in SUITES:
+        shapes = (tiny_shape(bench, name),)
+        tiny = dataclasses.replace(eager_suite(bench, name), shapes=shapes, quick=shapes)
+        monkeypatch.setitem(bench.cases.SUITES, name, tiny)
+    monkeypatch.setattr(bench.main, "SECONDS", 0.0)
+    monkeypatch.setattr(bench.main, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(bench.limits, "measure", lambda threads: made_limits(bench, threads))

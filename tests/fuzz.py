@@ -27,6 +27,7 @@ import samples
 import test_center
 import test_linear_act
 import torch
+from chains import outputs_one_by_one, split
 from hypothesis import strategies as st
 from samples import (
     ACTIVATIONS,
@@ -40,7 +41,6 @@ from samples import (
     outcome,
     same_bits,
 )
-from test_sequential import outputs_one_by_one, split
 from torch import Tensor, nn
 
 import mylayers

@@ -11,6 +11,7 @@ import sys
 import pytest
 import samples
 import torch
+from chains import outputs_one_by_one
 from samples import (
     KERNEL_DTYPES,
     LAYOUTS,
@@ -27,7 +28,6 @@ from test_linear_act import (
     every_dtype,
     forward_tolerance,
 )
-from test_sequential import outputs_one_by_one
 from torch import Tensor, nn
 
 import mylayers
