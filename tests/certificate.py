@@ -1,14 +1,17 @@
 """On which of PyTorch's roads the layers go along, and which tests prove it.
 
 A test marked ``@pytest.mark.road("ONNX")`` is a proof of that road. ``python -m tests.certificate``
-runs the proofs and writes the table of PAGE; a whole run of pytest, without arguments, fails where
-a road has no proof or the page another table than the run.
+runs the proofs and writes the table of PAGE; a run of pytest without arguments fails where a road
+has no proof or the page another table than the run. Cases marked ``whole`` do not run there: they
+are counted in the table, and prove nothing.
 """
 
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +55,16 @@ ROADS = {
 
 # The property of a test's report that says what it proves: [roads, its file, its name].
 PROVES = "proves"
+# What a process of pytest-xdist's says at its end: the same of each case marked whole.
+LEFT = "left to pytest -m whole"
+
+
+def roads_of(item: pytest.Item) -> list[str]:
+    return [mark.args[0] for mark in item.iter_markers("road")]
+
+
+def name_of(item: pytest.Item) -> str:
+    return getattr(item, "originalname", item.name)
 
 
 class Certificate:
@@ -62,7 +75,8 @@ class Certificate:
     """
 
     def __init__(self) -> None:
-        self.whole = True  # no test is left out
+        self.whole = True  # no test is left out, but those marked whole
+        self.left: dict[str, list[Any]] = {}  # these: roads, file, name
         self.proofs: dict[str, dict[tuple[str, str], None]] = {road: {} for road in ROADS}
         self.roads: dict[str, list[str]] = {}  # of a case
         self.outcomes: dict[str, str] = {}
@@ -74,17 +88,25 @@ class Certificate:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            roads = [mark.args[0] for mark in item.iter_markers("road")]
+            roads = roads_of(item)
             for road in roads:
                 if road not in ROADS:
                     raise pytest.UsageError(
                         f"{item.nodeid}: no road {road!r} in tests/certificate.py"
                     )
-            name = getattr(item, "originalname", item.name)
-            item.user_properties.append((PROVES, [roads, item.path.name, name, self.whole]))
+            proves = [roads, item.path.name, name_of(item), self.whole]
+            item.user_properties.append((PROVES, proves))
 
-    def pytest_deselected(self) -> None:
-        self.whole = False
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        for item in items:
+            if item.get_closest_marker("whole"):
+                self.left[item.nodeid] = [roads_of(item), item.path.name, name_of(item)]
+            else:
+                self.whole = False
+
+    @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.left |= getattr(node, "workeroutput", {}).get(LEFT, {})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         roads, file, name, whole = dict(report.user_properties)[PROVES]
@@ -97,9 +119,15 @@ class Certificate:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """At the end of a whole run: every road is proved, and the table is that of the run."""
-        is_a_part = hasattr(session.config, "workerinput")
-        if is_a_part or not self.whole or not self.outcomes or session.shouldstop:
+        if hasattr(session.config, "workerinput"):
+            session.config.workeroutput[LEFT] = self.left
             return
+        if not self.whole or not self.outcomes or session.shouldstop:
+            return
+        for case, (roads, file, name) in self.left.items():
+            self.roads[case], self.outcomes[case] = roads, "left"
+            for road in roads:
+                self.proofs[road][file, name] = None
         self.faults = [f"no test proves {road!r}, or one fails" for road in self.unproved()]
         if whole_numbers(written_table()) != whole_numbers(self.table()):
             self.faults.append(f"{PAGE.name}: run python -m tests.certificate and see what changed")
@@ -119,8 +147,9 @@ class Certificate:
             if road in roads and case in self.outcomes
         )
         parts = [f"{count['passed']} passed"]
-        if count["skipped"]:
-            parts.append(f"{count['skipped']} skipped")
+        for other in ("skipped", "left"):
+            if count[other]:
+                parts.append(f"{count[other]} {other}")
         if count["failed"]:
             parts.append(f"**{count['failed']} failed**")
         return ", ".join(parts)
@@ -151,9 +180,11 @@ def written_table() -> str:
 
 
 def whole_numbers(table: str) -> str:
-    """The table with cases that could not run on one machine counted as on any other."""
+    """The table with cases that could not run, or were left out, counted as those that did."""
     return re.sub(
-        r"(\d+) passed, (\d+) skipped", lambda m: f"{int(m[1]) + int(m[2])} passed", table
+        r"\d+ passed(, \d+ (skipped|left))+",
+        lambda m: f"{sum(map(int, re.findall(r'[0-9]+', m[0])))} passed",
+        table,
     )
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from certificate import Certificate
+from grids import mark_the_rest
 from harness import ROOT, SUITES, eager_suite, made_limits, tiny_shape
 from processes import Processes
 
@@ -20,6 +21,11 @@ os.environ.setdefault("MYLAYERS_PRODUCTS", "own")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Certificate(), "certificate")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest(items)
 
 
 @pytest.fixture
