@@ -160,15 +160,17 @@ def check_gradients(sample: Sample) -> None:
             assert_within(argument.grad, exact.grad, tolerance)
 
 
+@pytest.mark.grid
 @every_dtype
 @every_sample
-@pytest.mark.parametrize(
-    "operator", [functional.linear_act, torch.ops.mylayers.linear_act], ids=["functional", "ops"]
-)
-def test_forward_is_the_float64_reference_rounded_once(operator, name, dtype):
-    check_forward(operator, by_name(dtype)[name])
+def test_forward_is_the_float64_reference_rounded_once(name, dtype):
+    sample = by_name(dtype)[name]
+    check_forward(functional.linear_act, sample)
+    expected = functional.linear_act(*sample.args, **sample.kwargs)
+    assert same_bits(torch.ops.mylayers.linear_act(*sample.args, **sample.kwargs), expected)
 
 
+@pytest.mark.grid
 @every_dtype
 @every_sample
 def test_gradients_are_the_float64_references(name, dtype):
@@ -199,6 +201,7 @@ def test_any_shape_and_strides_forward_and_gradients(sample):
     check_gradients(sample)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "wanted", list(itertools.product([False, True], repeat=3)), ids=lambda w: str(w).strip("()")
 )
@@ -226,6 +229,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted, activation, rows):
             assert argument.grad is None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("activation", OF_OUTPUT)
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_the_backward_operator_leaves_out_what_its_mask_leaves_out(mask, activation):
@@ -269,6 +273,7 @@ def most_units(activation: str, dtype: torch.dtype) -> int:
     return {torch.float32: 2, torch.float64: 4}.get(dtype, 1)  # 16 bits: float32's, rounded
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("activation", OF_OUTPUT)  # the others: test_activations.py
 @pytest.mark.parametrize("along", ["rows", "units"])
@@ -305,6 +310,7 @@ BIT_CASES = [
 ]
 
 
+@pytest.mark.grid(one_in=2)
 @every_dtype
 @pytest.mark.parametrize(("in_units", "units", "activation"), BIT_CASES)
 def test_a_row_has_the_same_bits_in_every_batch(in_units, units, activation, dtype):
@@ -329,6 +335,7 @@ def test_a_row_has_the_same_bits_in_every_batch(in_units, units, activation, dty
                 assert same_bits(gradient, gradients[:rows]), f"input gradient, {case}"
 
 
+@pytest.mark.grid
 @every_dtype
 @any_activation
 def test_a_row_has_the_same_bits_whatever_the_layout_and_rank_of_its_batch(activation, dtype):
@@ -381,6 +388,7 @@ def test_float16_sums_that_round_to_subnormal_numbers_and_then_once_more(activat
 
 # NaNs with signs and bits of their own meet in the sum and at the bias. That both factors of one
 # product are NaN is left out: there a row's bits may depend on its batch.
+@pytest.mark.grid
 @pytest.mark.skipif(
     build_info()["kernels"] not in ("generic", "avx2"), reason="proved on these alone so far"
 )
@@ -422,6 +430,7 @@ def test_of_several_nans_the_same_one_is_kept_in_every_batch(
 
 # One row and a few stream, more do in some dtypes; a sum of 1101 terms is cut once or often, by the
 # columns.
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])
 def test_a_column_has_the_same_bits_in_every_weight_and_in_its_transpose(rows, dtype):
@@ -436,6 +445,7 @@ def test_a_column_has_the_same_bits_in_every_weight_and_in_its_transpose(rows, d
 
 # A weight whose rows or columns lie 16,384 values apart, or a little more, spans more than 16 MiB,
 # and is read otherwise; columns only if they do not lie in the same sets of the caches.
+@pytest.mark.grid
 @every_dtype
 @any_activation
 @pytest.mark.parametrize("threads", [1, 2])
@@ -478,6 +488,7 @@ def test_a_row_has_the_same_bits_in_a_batch_and_a_sum_of_several_parts(threads):
     assert_within(whole[some], reference.linear_act(*exact, None), tolerance)
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize(
     "sizes", [(5000, 0, 3), (5000, 3, 0), (5000, 0, 0), (3, 0, 600), (300, 600, 0)]
@@ -493,6 +504,7 @@ def test_gradients_of_no_units_have_no_values_however_many_rows_there_are(sizes,
 
 # Rows of the batch, in_units, units: one sum, 2, 3 and 65 pieces; a large result, whose sums
 # are not cut.
+@pytest.mark.grid
 @every_dtype
 @every_activation
 @pytest.mark.parametrize(
@@ -558,6 +570,7 @@ def test_meta_tensors_give_the_shapes_strides_and_dtypes_of_the_kernels(name):
         assert (meta.shape, meta.stride(), meta.dtype) == (real.shape, real.stride(), real.dtype)
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @any_activation
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -80,7 +80,10 @@ def test_cuda_kernels_are_registered_where_they_were_built():
         assert found == built, name
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [("default", "generic"), ("avx2", "avx2")])
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [("default", "generic"), pytest.param("avx2", "avx2", marks=pytest.mark.whole)],
+)
 def test_aten_cpu_capability_lowers_the_kernels_and_they_pass_the_self_check(
     capability, kernels, tmp_path
 ):
@@ -91,14 +94,21 @@ def test_aten_cpu_capability_lowers_the_kernels_and_they_pass_the_self_check(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
-def test_what_onednn_may_not_use_makes_no_difference(isa, tmp_path):
-    def bfloat16(done):
-        return re.search(r"^  bfloat16 .*$", done.stdout, re.M)[0]
+def bfloat16(done):
+    return re.search(r"^  bfloat16 .*$", done.stdout, re.M)[0]
 
+
+@pytest.fixture(scope="module")
+def usual_bfloat16(tmp_path_factory):
+    return bfloat16(run("-m", "mylayers", cwd=tmp_path_factory.mktemp("usual")))
+
+
+@pytest.mark.whole  # a process for each, where the test above has one
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_what_onednn_may_not_use_makes_no_difference(isa, usual_bfloat16, tmp_path):
     done = run("-m", "mylayers", cwd=tmp_path, DNNL_MAX_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert bfloat16(done) == bfloat16(run("-m", "mylayers", cwd=tmp_path))
+    assert bfloat16(done) == usual_bfloat16
     assert re.search(r"MyLinear +bfloat16 .* ok", done.stdout)
 
 
@@ -189,7 +199,7 @@ def test_a_system_that_is_not_linux_is_told_so_before_anything_is_compiled(syste
     assert f"this is {system}. On macOS and Windows" in done.stderr
 
 
-def test_the_import_draws_no_random_number_and_brings_no_compiler():
+def test_the_import_draws_no_random_number_and_brings_no_compiler_counter_or_dtensor():
     code = (
         "import sys, torch\n"
         "torch.manual_seed(0)\n"
@@ -199,6 +209,7 @@ def test_the_import_draws_no_random_number_and_brings_no_compiler():
         "import mylayers\n"
         "assert torch.rand(1) == expected\n"
         "assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & (set(sys.modules) - before)\n"
+        "assert not {'torch.utils.flop_counter', 'torch.distributed.tensor'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -99,6 +99,7 @@ NEEDED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("how", ["one by one", "fused", "optimized", "operator"])
@@ -169,26 +170,29 @@ print(counter.get_total_flops())
 @pytest.mark.parametrize(
     "imports",
     [
-        "import torch, mylayers\nfrom torch.utils import flop_counter",
-        "import torch\nfrom torch.utils import flop_counter\nimport mylayers",
+        pytest.param(
+            "import torch, mylayers\nfrom torch.utils import flop_counter",
+            id="before the counter",
+        ),
+        pytest.param(
+            "import torch\nfrom torch.utils import flop_counter\nimport mylayers",
+            id="after the counter",
+            marks=pytest.mark.whole,
+        ),
         # As notebooks do that reload what has changed.
-        "import sys, torch, mylayers\n"
-        "from torch.utils import flop_counter\n"
-        "for name in [*sys.modules]:\n"
-        "    if name.startswith('mylayers') and name != 'mylayers._C': del sys.modules[name]\n"
-        "import mylayers",
+        pytest.param(
+            "import sys, torch, mylayers\n"
+            "from torch.utils import flop_counter\n"
+            "for name in [*sys.modules]:\n"
+            "    if name.startswith('mylayers') and name != 'mylayers._C': del sys.modules[name]\n"
+            "import mylayers",
+            id="again",
+            marks=pytest.mark.whole,
+        ),
     ],
-    ids=["before the counter", "after the counter", "again"],
 )
 def test_the_counter_knows_our_operators_whichever_is_imported_first(imports):
     assert python(imports + COUNTED) == f"{2 * 5 * 6 * 4}\n"
-
-
-def test_the_import_leaves_the_counter_unimported():
-    assert (
-        python("import sys, mylayers; print('torch.utils.flop_counter' in sys.modules)")
-        == "False\n"
-    )
 
 
 # ---- the profiler ------------------------------------------------------------------------------
@@ -298,6 +302,7 @@ def layers_of(name):
     return [nn.Linear(4, 4), *(made if isinstance(made, nn.Sequential) else [made])]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("planned_before", [True, False])
 def test_a_replaced_function_is_called_as_by_stock_layers(name, planned_before, monkeypatch):
