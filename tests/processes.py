@@ -2,7 +2,8 @@
 
 ``@in_processes(2, 3)`` runs the body of a test in every process of a group of two, then of three.
 Starting processes is what costs (they import torch), so a group serves one test after another; it
-is replaced when one fails, as its processes may then be waiting for each other.
+is replaced when one fails, as its processes may then be waiting for each other. Groups of more than
+two are left to ``pytest -m whole``.
 """
 
 import functools
@@ -126,7 +127,10 @@ def in_processes(*worlds: int) -> Callable[[Callable[..., None]], Callable[..., 
         test.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[processes, *signature.parameters.values()]
         )
-        ids = [f"{world} processes" for world in worlds]
-        return pytest.mark.parametrize("processes", worlds, indirect=True, ids=ids)(test)
+        sizes = [
+            pytest.param(world, id=f"{world} processes", marks=[pytest.mark.whole] * (world > 2))
+            for world in worlds
+        ]
+        return pytest.mark.parametrize("processes", sizes, indirect=True)(test)
 
     return decorate

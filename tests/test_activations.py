@@ -73,6 +73,7 @@ def test_gradients_are_right_however_small(activation, dtype):
     torch.testing.assert_close(alone.grad.double(), wide.grad, rtol=tolerance, atol=tolerance / 10)
 
 
+@pytest.mark.grid
 @every_dtype
 @every_activation
 def test_bits_depend_on_no_place_in_memory(activation, dtype):
@@ -97,6 +98,7 @@ def test_bits_depend_on_no_place_in_memory(activation, dtype):
     assert same_bits(sequential(large.t(), [], activation), shared.t())
 
 
+@pytest.mark.grid
 @every_dtype
 @every_activation
 def test_a_layer_that_trains_computes_what_one_that_does_not_computes(activation, dtype):

@@ -186,6 +186,7 @@ LOSSES: dict[str, tuple[Made, Callable[[Tensor], Any]]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "batchmean"])
@@ -661,6 +662,7 @@ CRITERIA = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("there", [False, True], ids=["no gradients", "gradients"])

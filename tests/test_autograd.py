@@ -118,6 +118,7 @@ uses_forward_mode = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.grid(one_in=2)
 @uses_forward_mode
 @linear_act_sample
 def test_gradcheck_of_linear_act(sample: samples.Sample) -> None:
@@ -128,6 +129,7 @@ def test_gradcheck_of_linear_act(sample: samples.Sample) -> None:
     first_order(functional.linear_act, sample, check_batched_forward_grad=batched_tangents)
 
 
+@pytest.mark.grid(one_in=3)
 @pytest.mark.road("double backward")
 @uses_forward_mode
 @linear_act_sample
@@ -135,12 +137,14 @@ def test_gradgradcheck_of_linear_act(sample: samples.Sample) -> None:
     second_order(functional.linear_act, sample)
 
 
+@pytest.mark.grid(one_in=2)
 @uses_forward_mode
 @center_sample
 def test_gradcheck_of_center(sample: samples.Sample) -> None:
     first_order(functional.center, sample, check_batched_forward_grad=True)
 
 
+@pytest.mark.grid(one_in=3)
 @pytest.mark.road("double backward")
 @uses_forward_mode
 @center_sample
@@ -148,6 +152,7 @@ def test_gradgradcheck_of_center(sample: samples.Sample) -> None:
     second_order(functional.center, sample)
 
 
+@pytest.mark.grid
 @pytest.mark.road("double backward")
 @any_activation
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
@@ -187,6 +192,7 @@ def orders(scalar: Tensor, leaves: list[Tensor]) -> list[list[Tensor]]:
 # ---- who needs a gradient --------------------------------------------------------------
 
 
+@pytest.mark.grid
 @any_activation
 @pytest.mark.parametrize("wants", SUBSETS, ids=lambda s: "+".join(s) or "nothing")
 def test_only_the_gradients_that_are_due(wants: tuple[str, ...], activation: str | None) -> None:
@@ -269,6 +275,7 @@ def test_modes_without_gradients(mode: Callable[[], Any]) -> None:
         assert_same_bits([y], [recorded.detach()])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NAMES)
 @any_wants
 @any_activation
@@ -326,6 +333,7 @@ def test_center_saves_nothing_that_a_second_backward_could_miss() -> None:
     assert_close([run(functional)], [run(reference)])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("edited", [*NAMES, "output", "detached output"])
 @any_wants
 @any_activation
@@ -396,6 +404,7 @@ GRAD_OUTPUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", GRAD_OUTPUTS.values(), ids=GRAD_OUTPUTS)
 @any_activation
 def test_grad_output_of_any_strides(make: Callable[[], Tensor], activation: str | None) -> None:
@@ -406,6 +415,7 @@ def test_grad_output_of_any_strides(make: Callable[[], Tensor], activation: str 
     assert_close(run(functional), run(reference))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", GRAD_OUTPUTS.values(), ids=GRAD_OUTPUTS)
 @pytest.mark.parametrize("dim", [None, 0, 1], ids=str)
 def test_center_grad_output_of_any_strides(make: Callable[[], Tensor], dim: int | None) -> None:
@@ -467,6 +477,7 @@ def test_layer_used_twice_gets_the_sum_of_both_gradients() -> None:
 # ---- what is saved ---------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @any_wants
 @pytest.mark.parametrize("activation", [*OF_OUTPUT, None])
 def test_only_what_backward_reads_is_saved(wants: tuple[str, ...], activation: str | None) -> None:
@@ -753,6 +764,7 @@ def test_eight_threads_accumulate_into_one_grad() -> None:
 # ---- autocast --------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.road("autocast")
 @any_activation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -59,6 +59,7 @@ def test_fewer_bytes_are_copied_no_slower_than_more(bench):
     assert limits.bandwidth((1 << 16) + 1) == limits.bandwidth(1 << 30) == 1e9
 
 
+@pytest.mark.whole  # compiles
 def test_limits_of_this_machine_are_sane(bench):
     before = torch.get_num_threads()
     limits = bench.limits.measure(threads=1)

@@ -135,7 +135,9 @@ def test_a_run_without_limits_says_why_and_has_no_roofline(bench, tmp_path, caps
 
 
 @pytest.mark.usefixtures("tiny_suites")
-@pytest.mark.parametrize(("check", "status"), [([], 0), (["--check"], 1)])
+@pytest.mark.parametrize(
+    ("check", "status"), [pytest.param([], 0, marks=pytest.mark.whole), (["--check"], 1)]
+)
 def test_check_fails_a_run_in_which_a_peer_is_faster(
     bench, tmp_path, capsys, monkeypatch, check, status
 ):
@@ -211,7 +213,9 @@ def complete_cases(folder):
     return text.count(",mylayers,") if (folder / "run.json").exists() else 0
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.whole)]
+)
 def test_a_run_that_is_killed_keeps_its_cases_and_goes_on(bench, tmp_path, monkeypatch, sent):
     arguments = ["--only", "center-forward", "--threads", "1"]
     path = os.pathsep.join([*filter(None, sys.path), str(ROOT)])

@@ -31,6 +31,7 @@ def test_the_suites_are_those_tested_here(bench):
     assert tuple(bench.cases.SUITES) == SUITES
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SUITES)
 def test_every_eager_candidate_passes_verification_and_is_timed(bench, name, dtype):
@@ -39,14 +40,15 @@ def test_every_eager_candidate_passes_verification_and_is_timed(bench, name, dty
     check_timed(bench, suite, result)
 
 
+# torch.compile's ways by which a suite takes minutes to set up: one of each family.
 @pytest.mark.parametrize(
     "name",
     [
-        "linear-forward",
-        "linear-backward",
-        "linear-module",
+        *(
+            pytest.param(name, marks=pytest.mark.whole)
+            for name in ("linear-forward", "linear-backward", "linear-module", "networks-forward")
+        ),
         "center-backward",
-        "networks-forward",
         "networks-training",
     ],
 )
@@ -60,6 +62,7 @@ def test_compiled_candidates_pass_verification_in_silence(bench, name, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("name", ["linear-forward", "networks-forward"])
 def test_onnx_runtime_passes_verification(bench, name, dtype):
@@ -72,6 +75,7 @@ def test_onnx_runtime_passes_verification(bench, name, dtype):
     check_timed(bench, suite, result)
 
 
+@pytest.mark.whole
 def test_every_obstacle_passes_verification(bench):
     suite = bench.cases.SUITES["networks-hindered"]
     assert [shape.obstacle for shape in suite.shapes] == list(bench.cases.OBSTACLES)
@@ -80,6 +84,7 @@ def test_every_obstacle_passes_verification(bench):
         check_timed(bench, suite, bench.measure.measure(suite, case, 0.0))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize("name", ["networks-forward", "networks-training", "networks-backward"])
 def test_a_network_of_eight_layers_passes_verification(bench, name, activation):

@@ -68,6 +68,7 @@ def nth(make: Callable[..., Any], index: int, **options: Any) -> samples.Sample:
     return list(make(large=False, **options))[index]
 
 
+@pytest.mark.grid(one_in=4)
 @requires_grad
 @by_name(samples.linear_act_samples, torch.float32)
 def test_opcheck_of_linear_act(index: int, requires_grad: bool) -> None:
@@ -77,6 +78,7 @@ def test_opcheck_of_linear_act(index: int, requires_grad: bool) -> None:
     opcheck(ops.linear_act, sample.args, sample.kwargs)
 
 
+@pytest.mark.grid(one_in=4)
 @requires_grad
 @by_name(samples.center_samples, torch.float32)
 def test_opcheck_of_center(index: int, requires_grad: bool) -> None:
@@ -118,6 +120,7 @@ def backward_arguments(
     )
 
 
+@pytest.mark.grid(one_in=4)
 @any_of_output
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("lead", [(2, 4), (), (0,)], ids=str)
@@ -241,6 +244,7 @@ def step(net: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[
     return [y.detach(), *torch.autograd.grad(y.pow(3).sum(), (x, *module.parameters()))]
 
 
+@pytest.mark.grid(one_in=2)
 @pytest.mark.road("torch.compile")
 @any_activation
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -470,6 +474,7 @@ def test_compiled_autograd_of_a_compiled_step() -> None:
 # ---- torch.export, make_fx, torch.jit.trace --------------------------------------------
 
 
+@pytest.mark.grid(one_in=2)
 @pytest.mark.road("torch.export")
 @any_activation
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])

@@ -170,7 +170,7 @@ def test_a_build_without_cuda_needs_none_of_its_libraries(library: Path | str) -
     assert not [line for line in needed if "cu" in line or "nv" in line or "hip" in line]
 
 
-@pytest.mark.parametrize("place", ["installed", "copied"])
+@pytest.mark.parametrize("place", ["installed", pytest.param("copied", marks=pytest.mark.whole)])
 def test_operators_loaded_before_the_package_are_registered_once(
     place: str, tmp_path: Path
 ) -> None:
@@ -183,11 +183,13 @@ def test_operators_loaded_before_the_package_are_registered_once(
     assert python(code, library, cwd=tmp_path) == "[-1.0, 1.0] [-1.0, 1.0]\n"
 
 
+@pytest.mark.whole
 def test_the_library_after_the_package_changes_nothing(tmp_path: Path) -> None:
     code = "import sys, torch, mylayers; torch.ops.load_library(sys.argv[1]); print('still here')"
     assert python(code, LIBRARY, cwd=tmp_path) == "still here\n"
 
 
+@pytest.mark.whole
 def test_find_package_without_torch_names_torch(tmp_path: Path) -> None:
     done = configure(tmp_path, CONFIG)
     assert done.returncode != 0

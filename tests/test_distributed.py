@@ -338,7 +338,9 @@ def test_centering_over_some_of_the_processes() -> None:
 
 @pytest.mark.road("centering over processes")
 @in_processes(2)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.whole)]
+)
 def test_centering_compiles_into_one_graph(backend: str) -> None:
     layer = CenteredLayer(process_group=dist.group.WORLD)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -352,6 +354,7 @@ def test_centering_compiles_into_one_graph(backend: str) -> None:
         torch.testing.assert_close(x.grad, (weight - weight.mean())[own], **CLOSE)
 
 
+@pytest.mark.whole
 @pytest.mark.road("centering over processes")
 @in_processes(2)
 def test_centering_compiles_once_for_small_and_large_shards() -> None:
@@ -487,7 +490,10 @@ def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("fsdp", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "fsdp",
+    [pytest.param([], id="ddp"), pytest.param(["--fsdp"], id="fsdp", marks=pytest.mark.whole)],
+)
 def test_the_example_gets_the_result_of_one_process(fsdp: list[str]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_example(*torchrun, str(EXAMPLE), "--epochs", "1", *fsdp)

@@ -53,6 +53,7 @@ def rounded(t: Tensor) -> Tensor:
 SIZES = [(1, 600, 520), (17, 512, 513), (65, 601, 530), (300, 700, 600), (600, 520, 1100)]
 
 
+@pytest.mark.grid
 @needs_amx
 @pytest.mark.usefixtures("medium")
 @pytest.mark.parametrize("transposed", [False, True])

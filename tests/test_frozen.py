@@ -68,6 +68,7 @@ def made(name, dtype=torch.float32):
 # ---- values ------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -98,12 +99,13 @@ def test_a_rows_bits_do_not_depend_on_the_batch(name):
         assert same_bits(frozen(x[-rows:]), whole[-rows:])
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-@pytest.mark.parametrize("products", ["", "own"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("products", [pytest.param("", marks=pytest.mark.whole), "own"])
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="it is lowered already")
 def test_all_of_this_holds_with_the_kernels_of_lesser_processors(capability, products):
     code = "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = ("-k", "bits and not wide and not beyond", "-q", "-p", "no:cacheprovider", __file__)
+    chosen = ("-k", "bits and not wide and not beyond", "-m", "", "-n0", "-q")
+    chosen += ("-p", "no:cacheprovider", __file__)
     done = subprocess.run(
         [sys.executable, "-c", code, *chosen],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "MYLAYERS_PRODUCTS": products},
@@ -235,6 +237,7 @@ def test_containers_in_containers_are_one_call():
         assert same_bits(frozen(x), FusedSequential(inner[0], inner[1], network[1][0][0])(x))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("context", ["autocast", "inference mode", "profiler", "deterministic"])
 @pytest.mark.parametrize("name", ["policy", "means", "flattened"])
 def test_what_a_thread_is_in_changes_no_bit(name, context):
@@ -322,6 +325,7 @@ def test_nothing_is_left_of_it():
 # ---- copies ------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["policy", "own layout", "means"])
 @pytest.mark.parametrize("how", [*COPIES, "copy"])
 def test_copies_compute_the_same_and_know_no_network(how, name):

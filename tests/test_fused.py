@@ -203,6 +203,7 @@ def test_a_network_of_stock_layers_has_the_bits_of_ours(dtype):
     assert_same_bits(actual, [e.T if i in (2, 4) else e for i, e in enumerate(expected)])
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("rows", [1, 4, 33])
 def test_a_stock_weight_that_lies_in_out_in_memory_changes_no_bit(rows, dtype):

@@ -79,6 +79,7 @@ HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
 @pytest.mark.parametrize("place", [0, 1, 5, None], ids=str)
 @pytest.mark.parametrize("make", [small, split_net])
@@ -163,6 +164,7 @@ SHAPES: dict[str, Callable[[nn.Linear], Any]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("edit", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("calls", [0, 2])
 @pytest.mark.parametrize("traced", [False, True])
@@ -409,6 +411,7 @@ every_copy = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.grid
 @every_copy
 @pytest.mark.parametrize("calls", [0, 2])
 @pytest.mark.parametrize("make", [small, split_net])
@@ -656,6 +659,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("calls", [0, 1])
 @pytest.mark.parametrize(
@@ -684,6 +688,7 @@ def test_dynamic_batch_compiles_once():
     assert counter.frame_count == frames
 
 
+@pytest.mark.whole  # compiles at each change
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_network_notices_changes(x):
     net = small()
@@ -703,6 +708,7 @@ def test_a_compiled_network_notices_changes(x):
         assert_close(actual, stock(net)(x))
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("calls", [0, 1])

@@ -139,6 +139,7 @@ MISFITS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(
     "operator", [functional.linear_act, torch.ops.mylayers.linear_act], ids=["functional", "ops"]
@@ -176,6 +177,7 @@ def test_misfits_of_the_backward_operator_are_refused(args, error, message):
         torch.ops.mylayers.linear_act_backward(*args, "relu", [True] * 3)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("dim", "error", "message"),
     [
@@ -195,6 +197,7 @@ def test_wrong_dims_are_refused_naming_operator_expected_and_got(
         operator(ones(2, 3, device=device), dim)
 
 
+@pytest.mark.grid
 @every_dtype
 @any_activation
 def test_without_input_units_every_row_is_the_activated_bias(activation, dtype):
@@ -213,6 +216,7 @@ def test_without_input_units_every_row_is_the_activated_bias(activation, dtype):
         torch.testing.assert_close(actual, expected.to(dtype), rtol=0, atol=atol)
 
 
+@pytest.mark.grid
 @every_dtype
 @any_activation
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (4, 3, 0), (0, 0, 0)], ids=str)
@@ -235,6 +239,7 @@ def packed(values: Tensor, offset: int) -> Tensor:
     return torch.frombuffer(memory, dtype=values.dtype, offset=offset).view(values.shape)
 
 
+@pytest.mark.grid
 @every_dtype
 @every_operator
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 8, 16, 32, 63])
@@ -265,6 +270,7 @@ def test_a_read_only_memory_map_is_only_read(operator, dtype, tmp_path):
     output.sum().backward()
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize(
@@ -357,6 +363,7 @@ def test_conjugate_views_of_complex_numbers():
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.grid
 @every_dtype
 @any_activation
 @pytest.mark.parametrize(
@@ -379,6 +386,7 @@ def test_nan_and_infinity_spread_as_in_the_formula_and_stay_in_their_row(
     assert same_bits(actual[others], clean[others])
 
 
+@pytest.mark.grid
 @every_dtype
 @any_activation
 @pytest.mark.parametrize("special", [NAN, INF, -INF], ids=str)
@@ -395,6 +403,7 @@ def test_nan_and_infinity_in_weight_and_bias_stay_in_their_column(special, activ
     assert same_bits(actual[:, others], clean[:, others])
 
 
+@pytest.mark.grid
 @every_dtype
 @any_activation
 def test_gradients_where_the_output_is_nan_or_infinite_are_the_formulas(activation, dtype):
@@ -422,6 +431,7 @@ BACKWARD_FORMULAS = {
 }
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("activation", OF_OUTPUT)
 def test_gradients_of_special_outputs_are_pytorchs(activation, dtype):
@@ -442,6 +452,7 @@ def test_gradients_of_special_outputs_are_pytorchs(activation, dtype):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_special_inputs_have_the_value_and_gradient_of_the_formula(activation, dtype):
@@ -510,6 +521,7 @@ def test_float16_products_beyond_its_range_act_as_infinite(activation):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("sign", [1, -1])
@@ -619,6 +631,7 @@ CONVERSIONS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @any_activation
 @pytest.mark.parametrize("converted", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
@@ -633,6 +646,7 @@ def test_linear_act_of_other_layouts_ends_as_the_formula(kind, converted, activa
     assert_same_outcome("linear_act", *args[:2], None, activation)
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("dim", [None, 0, -1])
 @pytest.mark.parametrize("kind", CONVERSIONS)
@@ -758,6 +772,7 @@ def test_the_result_of_parameters_is_a_plain_tensor(operator):
 NO_TENSORS = [None, 1.5, [1.0, 2.0], (ones(2),), np.ones((2, 2)), "text", object()]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("value", NO_TENSORS, ids=lambda v: type(v).__name__)
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_linear_act_of_no_tensor_is_a_type_error_naming_the_argument(position, value):
@@ -1038,6 +1053,7 @@ FREED: dict[str, Any] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("call", "shape"), FREED.values(), ids=FREED)
 @pytest.mark.parametrize("left", [0, 8])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -76,6 +76,7 @@ def assert_equal(actual: Tensor, expected: Tensor, activation: str | None) -> No
 # ---- the constructor of MyLinear ---------------------------------------------------------
 
 
+@pytest.mark.grid
 @each_option
 @each_dtype
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -99,6 +100,7 @@ def test_constructor_makes_what_its_arguments_say(options, dtype, device):
         assert parameter.grad is None
 
 
+@pytest.mark.grid
 @each_option
 @each_dtype
 def test_output_is_the_formula(options, dtype):
@@ -214,6 +216,7 @@ def test_a_bias_set_to_none_is_gone():
     assert list(layer.state_dict()) == ["weight"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)], ids=str)
 @each_option
 def test_zero_sizes_work_forward_and_backward(sizes, options):
@@ -286,6 +289,7 @@ each_conversion = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.grid
 @each_conversion
 @each_dtype
 @pytest.mark.parametrize("bias", [True, False])
@@ -307,6 +311,7 @@ def test_conversion_transposes_the_weight_and_keeps_the_rest(
     assert torch.equal(ours(x), torch.relu(stock(x)))
 
 
+@pytest.mark.grid
 @each_conversion
 @pytest.mark.parametrize("trained", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
 @pytest.mark.parametrize("training", [True, False])
@@ -407,6 +412,7 @@ def test_from_linear_on_the_lazy_class_gives_what_the_lazy_class_becomes():
 # ---- LazyMyLinear ------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @each_option
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5), (0, 5)], ids=str)
 def test_lazy_layer_becomes_the_layer_of_its_first_input(options, shape):
@@ -434,6 +440,7 @@ def test_lazy_layer_takes_its_first_input_by_name():
     assert lazy.in_units == 5
 
 
+@pytest.mark.grid
 @each_dtype
 @pytest.mark.parametrize(
     ("device", "make"),
@@ -538,6 +545,7 @@ CENTER_DIMS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("dim", "kept"), CENTER_DIMS, ids=repr)
 @each_dtype
 def test_centered_layer_averages_over_its_dims(dim, kept, dtype):
@@ -621,6 +629,7 @@ MODULES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.road("state_dict and pickle")
 @pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
@@ -1089,7 +1098,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.whole)])
 def test_data_loader_workers_compute_the_parents_bits(method, tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)

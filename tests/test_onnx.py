@@ -106,7 +106,14 @@ def each_dtype(*shape: int) -> list[Tensor]:
     return [torch.randn(shape).to(dtype) for dtype in samples.KERNEL_DTYPES]
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "elu", None])
+# An export takes seconds; the chain below has these activations too.
+@pytest.mark.parametrize(
+    "activation",
+    [
+        "relu",
+        *(pytest.param(a, marks=pytest.mark.whole) for a in ("tanh", "sigmoid", "elu", None)),
+    ],
+)
 def test_linear_act_of_any_batch_and_dtype(activation: str | None) -> None:
     torch.manual_seed(0)
     module = EachDtype(lambda dtype: MyLinear(IN_UNITS, UNITS, activation=activation, dtype=dtype))
@@ -119,7 +126,13 @@ def test_linear_act_of_any_batch_and_dtype(activation: str | None) -> None:
             assert_matches(a, e, linear_summing(layer, x))
 
 
-@pytest.mark.parametrize("dim", [None, 0, -1, (0, 2)], ids=str)
+@pytest.mark.parametrize(
+    "dim",
+    [
+        pytest.param(dim, id=str(dim), marks=[pytest.mark.whole] * (dim not in (None, (0, 2))))
+        for dim in (None, 0, -1, (0, 2))
+    ],
+)
 def test_center_of_any_batch_and_dtype(dim: Any) -> None:
     torch.manual_seed(0)
     module = EachDtype(lambda _: CenteredLayer(dim))

@@ -319,6 +319,7 @@ def anatomy(net: nn.Module) -> list[Any]:
 # ---- the round trip --------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @either_mode
 @every_model
 def test_the_report_has_a_row_for_everything(model, training):
@@ -329,6 +330,7 @@ def test_the_report_has_a_row_for_everything(model, training):
     assert all(f.fused == (f.reason == "") for f in report.findings)
 
 
+@pytest.mark.grid
 @either_mode
 @every_model
 def test_an_optimized_model_computes_what_it_did_and_is_restored_whole(model, training):
@@ -414,6 +416,7 @@ def test_state_goes_between_an_optimized_model_and_a_stock_one(model):
 every_copy = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 
 
+@pytest.mark.grid
 @every_copy
 @pytest.mark.parametrize(
     "name", ["plain", "torchvision's MLP", "tied", "ours", "below another model"]

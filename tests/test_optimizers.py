@@ -151,6 +151,7 @@ def step(number: int, *several: Optimizer) -> None:
 # ---- bits ------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @every_dtype
 @every_optimizer
 def test_three_hundred_steps_have_the_bits_of_the_stock_class(name, dtype, answers):

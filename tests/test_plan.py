@@ -70,6 +70,7 @@ def test_the_table_knows_every_way():
     assert {path for path in PATHS if f" {path} " in TABLE.read_text()} == PATHS
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("machine", _C.machines())
 @pytest.mark.parametrize("dtype", _explain.DTYPES)
 @pytest.mark.parametrize("threads", [1, 3, 16])

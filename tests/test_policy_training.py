@@ -19,6 +19,7 @@ def example():
     return importlib.import_module(EXAMPLE.stem)
 
 
+@pytest.mark.whole  # the other examples run
 def test_short_runs_of_all_algorithms_end_in_a_table_and_a_plot(tmp_path):
     arguments = ["--steps", "150", "--runs", "1", "--out", tmp_path / "new"]
     run = subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True)

@@ -58,10 +58,11 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @ours
-def test_all_of_this_holds_where_no_machine_was_measured():
+@pytest.mark.parametrize("which", ["not whole", pytest.param("whole", marks=pytest.mark.whole)])
+def test_all_of_this_holds_where_no_machine_was_measured(which):
     # Not "python -m pytest", which would put the source folder first on the path.
     code = "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main(sys.argv[1:]))"
-    options = ("-q", "-n0", "-p", "no:cacheprovider", "-rs", __file__)
+    options = ("-q", "-n0", "-m", which, "-p", "no:cacheprovider", "-rs", __file__)
     done = run("-c", code, *options, **UNMEASURED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PyTorch's here" in done.stdout, "nothing but these tests was left out"
@@ -143,6 +144,7 @@ def test_values_and_gradients_are_the_references(sizes, activation, dtype):
         check_gradients(sample)
 
 
+@pytest.mark.grid
 @torchs
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -158,6 +160,7 @@ def test_any_layout_is_as_good_as_another(layout, dtype):
     check_gradients(sample)
 
 
+@pytest.mark.grid
 @torchs
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [1, 20, 700])

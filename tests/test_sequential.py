@@ -59,6 +59,7 @@ pytestmark = [
 ROWS = (0, 1, 3, 6, 33, 64, 255, 256, 257, 600)
 
 
+@pytest.mark.grid
 @every_dtype
 @every_program
 @pytest.mark.parametrize("threads", [1, 2])
@@ -86,6 +87,7 @@ WIDTHS = [
 ]
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("layer", ["linear", "linear_t"])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
@@ -102,6 +104,7 @@ def test_widths_around_block_edges(widths, layer, dtype):
             )
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layer", ["linear", "linear_t"])
@@ -129,6 +132,7 @@ def test_layers_of_no_units(rows, widths):
     assert_same_bits(run(ops.sequential, program, args), run(one_by_one, program, args))
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_row_has_the_same_bits_in_every_batch(activation, dtype):
@@ -152,6 +156,7 @@ def test_a_row_has_the_same_bits_in_every_batch(activation, dtype):
         assert_same_bits(actual, [e[:rows] for e in expected], (threads, rows))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", samples.LAYOUTS)
 @pytest.mark.parametrize("which", ["input", "linear", "bias", "linear_t"])
 def test_any_strides(which, layout):
@@ -167,6 +172,7 @@ def test_any_strides(which, layout):
         assert_same_bits(run(ops.sequential, program, args), run(one_by_one, program, args), dtype)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", samples.LAYOUTS)
 @pytest.mark.parametrize("end", ["linear+bias", "linear_t+tanh", "center", "tanh"])
 def test_grad_output_of_any_strides(end, layout):
@@ -184,6 +190,7 @@ def test_grad_output_of_any_strides(end, layout):
         assert_same_bits(actual, expected, dtype)
 
 
+@pytest.mark.grid
 @every_dtype
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 0, 3), (2, 1, 40, 5)], ids=str)
 def test_any_rank_of_input(lead, dtype):
@@ -228,6 +235,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.grid
 @every_dtype
 @every_program
 def test_deterministic_mode_finds_no_unwritten_memory(program, dtype, request):
@@ -351,6 +359,7 @@ def test_the_backward_operator_gives_what_its_mask_asks_for_and_needs_nothing_el
     assert same_bits(actual, run(one_by_one, program, args, mask)[-1])
 
 
+@pytest.mark.grid
 @every_dtype
 @every_program
 def test_gradients_have_the_strides_of_their_parameters(program, dtype):
@@ -493,6 +502,7 @@ def test_gradcheck_of_all_outputs(program):
     )
 
 
+@pytest.mark.grid(one_in=2)
 @every_program
 def test_gradgradcheck(program):
     assert gradgradcheck(
@@ -531,6 +541,7 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.grid
 @varied_programs
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transform_equals_that_of_the_single_formulas(transform, program):
@@ -557,6 +568,7 @@ def test_batched_grad_of_a_plain_backward(program):
 # ---- the operator: dtypes, devices, modes ----------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("given", [torch.float32, torch.float64, None], ids=str)
 @every_program
@@ -584,6 +596,7 @@ def test_autocast_computes_what_the_single_layers_compute_under_it(program, give
         assert actual is expected
 
 
+@pytest.mark.grid
 @every_program
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 def test_meta_tensors_give_the_shapes_strides_and_dtypes_of_the_kernels(requires_grad, program):
@@ -629,6 +642,7 @@ def test_symbolic_sizes_stay_symbolic(program):
     ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 @varied_programs
 def test_opcheck_of_sequential(program, requires_grad):
@@ -643,6 +657,7 @@ def test_opcheck_of_sequential_outputs(program):
     opcheck(ops.sequential_outputs, (x, parameters, program))
 
 
+@pytest.mark.grid(one_in=2)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 @varied_programs
 def test_opcheck_of_sequential_backward(program, requires_grad):
@@ -664,6 +679,7 @@ def test_opcheck_in_every_compiled_dtype(dtype):
     opcheck(ops.sequential, (x, parameters, program))
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize(
     "dtype",
@@ -766,6 +782,7 @@ def test_a_program_must_end_in_a_step_that_computes():
 W, B = torch.zeros(4, 3), torch.zeros(3)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
     ("program", "shape", "parameters", "error", "message"),

@@ -12,7 +12,17 @@ import pytest
 STRESS = Path(__file__).parent / "threads.py"
 
 
-@pytest.mark.parametrize("scenario", ["inference", "training", "parameters", "everything"])
+# All of them beside each other, and few, so that each gets far.
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "everything",
+        *(
+            pytest.param(name, marks=pytest.mark.whole)
+            for name in ("inference", "training", "parameters")
+        ),
+    ],
+)
 def test_threads_that_call_and_change_the_same_modules(scenario):
     ended = subprocess.run(
         [sys.executable, str(STRESS), "1.5", scenario], capture_output=True, text=True, timeout=300

@@ -299,6 +299,7 @@ def operands(kind: str, m: int, n: int, pairs: int) -> tuple[Array, Array, Array
     return c, drawn(rng, kind, (m, 2 * pairs)), drawn(rng, kind, (pairs, 2 * n))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_multiplies_as_the_manual_says(model, kind, shape):
@@ -368,6 +369,7 @@ def assert_loads_and_stores(on: Kernels, configured: Array, tile: int, once: boo
 LOADS = [(16, 64, 0), (1, 4, 0), (7, 64, 0), (16, 12, 0), (5, 20, 0), (16, 64, 3), (4, 8, 3)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("once", [False, True], ids=["load", "load once"])
 @pytest.mark.parametrize(("rows", "row_bytes", "first"), LOADS)
 def test_a_tile_takes_and_gives_the_rows_of_its_shape(model, rows, row_bytes, first, once):
@@ -701,6 +703,7 @@ def rounds(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
 def test_a_copy_has_contiguous_rows_and_zeros_up_to_a_whole_tile(on_model, layout, rounds):
     rng = np.random.default_rng(1)
@@ -714,6 +717,7 @@ def test_a_copy_has_contiguous_rows_and_zeros_up_to_a_whole_tile(on_model, layou
         out.assert_rest_untouched()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
 def test_panels_hold_pairs(on_model, layout, rounds):
     rng = np.random.default_rng(2)
@@ -739,6 +743,7 @@ def test_panels_hold_pairs(on_model, layout, rounds):
 # ---- the processor's tiles -----------------------------------------------------------------
 
 
+@pytest.mark.grid
 @needs_amx
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -754,6 +759,7 @@ def test_the_processor_agrees_with_the_model_to_the_bit(kernels, kind, shape):
         )
 
 
+@pytest.mark.grid
 @needs_amx
 @pytest.mark.parametrize("once", [False, True], ids=["load", "load once"])
 @pytest.mark.parametrize(("rows", "row_bytes", "first"), LOADS)
@@ -807,6 +813,7 @@ def test_the_kernels_have_the_same_bits_on_the_processor(kernels, end):
             np.testing.assert_array_equal(*out, str((k, kind, m, cols)))
 
 
+@pytest.mark.grid
 @needs_amx
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh", "sigmoid", "elu"])
 @pytest.mark.parametrize("kind", ["normal", "small", "large", "bits"])

@@ -158,6 +158,7 @@ def assert_same(network: nn.Module, other: nn.Module) -> None:
 # ---- without a graph -------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @every_dtype
 @every_criterion
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name is not None])

@@ -131,6 +131,7 @@ def test_two_hundred_steps_have_the_bits_of_the_plain_lines(name, dtype, answers
     assert "refused" not in answers[1:]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
 @pytest.mark.parametrize("rows", [1, 33])
 def test_every_loss_and_any_rows(criterion, rows, answers):
@@ -143,6 +144,7 @@ def test_every_loss_and_any_rows(criterion, rows, answers):
     assert_same(ours, theirs)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cls", [nn.MSELoss, nn.L1Loss])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 15, 33, 64, 100, 513, 1365, 1366, 4000])

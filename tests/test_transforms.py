@@ -140,6 +140,7 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.road("functorch")
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_derivative_equals_that_of_the_formula(derivative: Callable[..., Any], form: Form) -> None:
@@ -202,6 +203,7 @@ def batched(names: tuple[str, ...], in_dims: tuple[int | None, ...]) -> tuple[Te
     return tuple(args)
 
 
+@pytest.mark.grid
 @pytest.mark.road("functorch")
 @any_activation
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
@@ -225,6 +227,7 @@ def test_vmap_of_linear_act_over_any_argument(
     both(run)
 
 
+@pytest.mark.grid
 @pytest.mark.road("functorch")
 @pytest.mark.parametrize("dim", [None, 0, -1, (0, 1)], ids=str)
 @pytest.mark.parametrize("in_dim", [0, 1, 2, -1])
@@ -412,6 +415,7 @@ def test_forward_ad_tangent_on_some_arguments(duals: tuple[int, ...], requires_g
     both(run)
 
 
+@pytest.mark.grid
 @pytest.mark.road("functorch")
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
 def test_forward_ad_of_every_form(form: Form, grad_mode: Callable[[], Any]) -> None:
@@ -449,6 +453,7 @@ def test_forward_ad_through_layers(net: Net) -> None:
     assert_close(actual.detach(), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_transforms_keep_the_dtype(form: Form, dtype: torch.dtype) -> None:
     args = tuple(a.to(dtype) for a in arguments(form))

@@ -588,6 +588,7 @@ def observed(case: Case, kind: str) -> str:
     return f"fused around {reasons}" if fused else f"runs as it is: {reasons}"
 
 
+@pytest.mark.grid
 @every_case
 @pytest.mark.parametrize("kind", ["fused", "optimized"])
 @pytest.mark.filterwarnings("ignore:.*hook.*")
@@ -632,6 +633,7 @@ ALONE: dict[str, tuple[type[MyLinear], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("cls", "change"), ALONE.values(), ids=ALONE)
 @pytest.mark.parametrize("calls", [0, 2])
 def test_a_layer_alone_takes_what_its_attributes_are(calls, cls, change):
@@ -677,6 +679,7 @@ def called(net: nn.Module) -> nn.Module:
     return net
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("kind", ["fused", "optimized"])
 @pytest.mark.parametrize("container", ["", *STATES])
