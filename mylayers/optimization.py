@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mylayers import optimizers
-from mylayers.forwards import OptimizedForward, Rewriting, has_own_forward, refusal
+from mylayers.forwards import OptimizedForward, Rewriting, has_own_forward, prepare, refusal
 from mylayers.layers import MyLinear
 from mylayers.sequential import Chain, FusedSequential, Unfused, plan
 from mylayers.stock import Stock
@@ -355,6 +355,9 @@ def _optimize(model: nn.Module, changes: _Changes) -> Iterator[Finding]:
             rows[id(module)] = forward.findings
             fused.update(forward.layers)
             reasons.update(_reasons(module, forward))
+    for _, module in modules:
+        if isinstance(module, OptimizedForward):
+            prepare(module)
     for path, module in modules:
         yield from rows.get(id(module), ())
         if isinstance(module, nn.Linear | MyLinear) and id(module) not in fused:
@@ -372,9 +375,9 @@ def _reasons(module: nn.Module, forward: _Forward) -> Iterator[tuple[int, str]]:
         if forward.reason:
             yield id(child), forward.reason
         elif why:
-            yield id(child), f"{name}.forward is not followed further than to it: {why}"
+            yield id(child), f"{name}.forward is not followed there: {why}"
         else:
-            yield id(child), f"{name}.forward calls it in no line that is followed"
+            yield id(child), f"{name}.forward has no layer to fuse it with"
 
 
 def _called_by(module: nn.Module) -> Iterator[nn.Module]:

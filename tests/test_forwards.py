@@ -1751,7 +1751,8 @@ def lines_of(case: Case) -> str:
     if isinstance(net, Inherited):
         return "a forward that is inherited"
     text = textwrap.dedent(inspect.getsource(vars(type(net)).get("forward", forward)))
-    lines = [line for line in text.splitlines() if line.strip() and "#" not in line]
+    bare = (line.partition("  #")[0] for line in text.splitlines())
+    lines = [line for line in bare if line.strip() and not line.strip().startswith("#")]
     return "<br>".join(
         f"`{' ' * (len(line) - len(line.lstrip()))}{line.strip()}`" for line in lines
     ).replace("|", "\\|")

@@ -114,6 +114,12 @@ def replaced(net: nn.Module) -> nn.Module:
 
 NO_KERNEL = "{0} has no fused kernel".format
 OUTSIDE = "it is not in an nn.Sequential that fuses"
+HEAD = "Net.forward is not followed there: what it does depends on values"
+ALONE_IN_POLICY = "ActorCriticPolicy.forward has no layer to fuse it with"
+OF_ITS_CLASS = (
+    "ActorCriticPolicy.forward is not followed there: "
+    "self._get_action_dist_from_latent is of its class"
+)
 COMPUTED = "its weight or bias is computed, not a parameter"
 ALONE = "there is no layer to fuse it with"
 IN_TRAINING = "dropout is random in training"
@@ -174,7 +180,7 @@ MODELS: dict[str, Model] = {
     ),
     "below another model": Model(
         lambda: Net(nn.Sequential(linear(), nn.Sigmoid(), linear())),
-        [("body", "Linear + Sigmoid + Linear", ""), ("head", "Linear", OUTSIDE)],
+        [("body", "Linear + Sigmoid + Linear", ""), ("head", "Linear", HEAD)],
     ),
     "convolutions with a classifier": Model(
         ConvNet,
@@ -189,15 +195,15 @@ MODELS: dict[str, Model] = {
     "a module in several places": Model(shared, [("body.0", "Linear + Tanh", "")]),
     "own forward": Model(
         lambda: Net(Doubled(linear(), nn.Tanh())),
-        [("body", "Doubled", "Doubled overrides Sequential.forward"), ("head", "Linear", OUTSIDE)],
+        [("body", "Linear + Tanh", ""), ("head", "Linear", HEAD)],
     ),
     "own call": Model(
         lambda: Net(Called(linear(), nn.Tanh())),
-        [("body", "Called", "Called overrides Sequential.__call__"), ("head", "Linear", OUTSIDE)],
+        [("body", "Called", "Called overrides Sequential.__call__"), ("head", "Linear", HEAD)],
     ),
     "forward replaced": Model(
         lambda: Net(replaced(two_layers())),
-        [("body", "Sequential", "its forward was replaced"), ("head", "Linear", OUTSIDE)],
+        [("body", "Sequential", "its forward was replaced"), ("head", "Linear", HEAD)],
     ),
     "hooked layer": Model(
         lambda: nn.Sequential(linear(), hooked(nn.Tanh()), linear(), hooked(linear())),
@@ -210,7 +216,7 @@ MODELS: dict[str, Model] = {
     ),
     "hooked and alone": Model(
         lambda: Net(nn.Sequential(hooked(linear()))),
-        [("body.0", "Linear", "it has hooks"), ("head", "Linear", OUTSIDE)],
+        [("body.0", "Linear", "it has hooks"), ("head", "Linear", HEAD)],
     ),
     "hooked network": Model(lambda: hooked(two_layers()), [("", "Linear + Tanh", "")]),
     "parametrised": Model(
@@ -237,9 +243,7 @@ MODELS: dict[str, Model] = {
         ),
         [("", "MyLinear + CenteredLayer + MyLinear", "")],
     ),
-    "ours outside": Model(
-        lambda: Net(nn.Identity(), MyLinear(4, 4)), [("head", "MyLinear", OUTSIDE)]
-    ),
+    "ours outside": Model(lambda: Net(nn.Identity(), MyLinear(4, 4)), [("head", "MyLinear", HEAD)]),
     "one activation and layers without a kernel": Model(
         lambda: nn.Sequential(nn.Tanh(), nn.LayerNorm(4), nn.Softmax(-1)), []
     ),
@@ -252,7 +256,7 @@ MODELS: dict[str, Model] = {
     ),
     "already fused by hand": Model(
         lambda: Net(FusedSequential(linear(), nn.Tanh())),
-        [("body", "Linear + Tanh", ""), ("head", "Linear", OUTSIDE)],
+        [("body", "Linear + Tanh", ""), ("head", "Linear", HEAD)],
     ),
     "transformer": Model(
         lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
@@ -670,8 +674,8 @@ def policies() -> dict[str, tuple[nn.Module, list[Row]]]:
             [
                 ("mlp_extractor.policy_net", HIDDEN("Tanh"), ""),
                 ("mlp_extractor.value_net", HIDDEN("Tanh"), ""),
-                ("action_net", "Linear", OUTSIDE),
-                ("value_net", "Linear", OUTSIDE),
+                ("action_net", "Linear", ALONE_IN_POLICY),
+                ("value_net", "Linear", OF_ITS_CLASS),
             ],
         ),
         "DQN": (
