@@ -139,6 +139,11 @@ class Build(BuildExtension):
                 self._joined("operators", others),
                 self._joined("bindings", bindings.sources),
             ]
+            print(
+                f"mylayers: compiling {len(alone) + len(joined)} files, "
+                f"{os.environ['MAX_JOBS']} at a time; each takes up to a minute or two",
+                flush=True,
+            )
             *ext.extra_objects, binding = self.compiler.compile(
                 [*alone, *joined],
                 output_dir=self.build_temp,
@@ -164,7 +169,9 @@ class Build(BuildExtension):
         """
         file = Path(self.build_temp, f"{name}.cpp").resolve()
         paths = (os.path.relpath(Path(source).resolve(), file.parent) for source in sources)
-        text = "".join(f'#include "{path}"\n' for path in paths)
+        # Without this macro torch's headers include those of all its operators.
+        text = "#define AT_PER_OPERATOR_HEADERS\n"
+        text += "".join(f'#include "{path}"\n' for path in paths)
         if not file.exists() or file.read_text() != text:  # else ninja would compile it again
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)

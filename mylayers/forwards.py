@@ -36,24 +36,26 @@ __all__ = ["OptimizedForward", "Region", "Rewriting", "has_own_forward", "prepar
            "refusal"]  # fmt: skip
 
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # takes half as long
 _REFUSED = _C.REFUSED
 
 
 class OptimizedForward(nn.Module):
     """What the classes have in common whose forward is a user's with regions."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, input: Any = _REFUSED, /, *args: Any, **kwargs: Any) -> Any:
         """As any module's; the extension goes straight to the forward where that is all."""
-        if len(args) == 1 and not kwargs and not _is_compiling():
-            output = _C.call_forward(self, args[0])
+        if not (input is _REFUSED or args or kwargs or _is_dynamo_compiling()):
+            output = _C.call_forward(self, input)
             if output is not _REFUSED:
                 return output
-            # Another thread's restore may have taken the class away since this began.
-            cls = type(self)
-            if not issubclass(cls, OptimizedForward):
-                return cls.__call__(self, *args)
-            return super(OptimizedForward, cls).__call__(self, *args)
-        return super().__call__(*args, **kwargs)
+        if input is not _REFUSED:
+            args = (input, *args)
+        # Another thread's restore may have taken the class away since this began.
+        cls = type(self)
+        if not issubclass(cls, OptimizedForward):
+            return cls.__call__(self, *args, **kwargs)
+        return super(OptimizedForward, cls).__call__(self, *args, **kwargs)
 
 
 class _OfSequential(OptimizedForward, FusedSequential):
