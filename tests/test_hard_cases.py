@@ -297,6 +297,7 @@ def available_gib() -> float:
     return int(found[1]) / 2**20
 
 
+@pytest.mark.whole  # half a minute, and gigabytes
 def test_more_than_2_to_the_31_elements():
     if available_gib() < 16:
         pytest.skip(f"needs 16 GiB of free memory; there are {available_gib():.1f}")
