@@ -45,17 +45,17 @@ class OptimizedForward(nn.Module):
 
     def __call__(self, input: Any = _REFUSED, /, *args: Any, **kwargs: Any) -> Any:
         """As any module's; the extension goes straight to the forward where that is all."""
-        if not (input is _REFUSED or args or kwargs or _is_dynamo_compiling()):
-            output = _C.call_forward(self, input)
-            if output is not _REFUSED:
-                return output
-        if input is not _REFUSED:
-            args = (input, *args)
+        if input is _REFUSED or args or kwargs or _is_dynamo_compiling():
+            given = args if input is _REFUSED else (input, *args)
+            return super().__call__(*given, **kwargs)
+        output = _C.call_forward(self, input)
+        if output is not _REFUSED:
+            return output
         # Another thread's restore may have taken the class away since this began.
         cls = type(self)
         if not issubclass(cls, OptimizedForward):
-            return cls.__call__(self, *args, **kwargs)
-        return super(OptimizedForward, cls).__call__(self, *args, **kwargs)
+            return cls.__call__(self, input)
+        return super(OptimizedForward, cls).__call__(self, input)
 
 
 class _OfSequential(OptimizedForward, FusedSequential):

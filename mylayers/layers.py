@@ -142,13 +142,11 @@ class MyLinear(nn.Module):
 
         The way of ``nn.Module`` to ``forward`` is a third of the time of a small layer.
         """
-        if not (input is _REFUSED or args or kwargs or _is_compiling()):
-            output = _C.call_layer(self, input)
-            if output is not _REFUSED:
-                return output
-        if input is not _REFUSED:
-            args = (input, *args)
-        return super().__call__(*args, **kwargs)
+        if input is _REFUSED or args or kwargs or _is_compiling():
+            given = args if input is _REFUSED else (input, *args)
+            return super().__call__(*given, **kwargs)
+        output = _C.call_layer(self, input)
+        return super().__call__(input) if output is _REFUSED else output
 
     def forward(self, input: Tensor) -> Tensor:
         """``act(input @ weight + bias)``; see :func:`mylayers.functional.linear_act`."""

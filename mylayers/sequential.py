@@ -555,17 +555,17 @@ class FusedSequential(nn.Sequential):
 
         The way of ``nn.Module`` to ``forward`` is a quarter of the time of a small network.
         """
-        if not (input is _REFUSED or args or kwargs or _is_dynamo_compiling()):
-            output = _C.call_network(self, input)
-            if output is not _REFUSED:
-                return output
-        if input is not _REFUSED:
-            args = (input, *args)
+        if input is _REFUSED or args or kwargs or _is_dynamo_compiling():
+            given = args if input is _REFUSED else (input, *args)
+            return super().__call__(*given, **kwargs)
+        output = _C.call_network(self, input)
+        if output is not _REFUSED:
+            return output
         # Another thread's restore may have taken the class away since this began.
         cls = type(self)
         if not issubclass(cls, FusedSequential):
-            return cls.__call__(self, *args, **kwargs)
-        return super(FusedSequential, cls).__call__(self, *args, **kwargs)
+            return cls.__call__(self, input)
+        return super(FusedSequential, cls).__call__(self, input)
 
     def forward(self, input: Tensor) -> Tensor:
         """The children's result, one after another."""
