@@ -412,15 +412,17 @@ def _check(name: str, model: nn.Module, optimizer: Optimizer | None) -> None:
 
 
 def optimize(model: nn.Module, optimizer: Optimizer | None = None) -> Report:
-    r"""Fuse runs of layers in every ``nn.Sequential`` of a model, and an optimiser, in place.
+    r"""Fuse runs of layers in a model's containers and forwards, and an optimiser, in place.
 
     Each ``nn.Sequential`` at any depth, the model itself included, that holds layers which
     :class:`mylayers.FusedSequential` fuses becomes one, by a change of its class alone: children,
     parameters, buffers, hooks, names and the training mode stay the objects they are, so that
-    optimisers, tied weights and checkpoints stay valid, in both directions. Other modules, and
-    what their ``forward`` computes, are left alone, and so is a container that does more than
-    ``nn.Sequential`` does, or will not have its class changed: a row says why. After an exception
-    nothing is changed.
+    optimisers, tied weights and checkpoints stay valid, in both directions. A module with a
+    ``forward`` of its own gets a class, too, whose forward is the same but for layers that are
+    called one after another: these are computed in one call as long as all that the lines would
+    read is what it was, and else as they are written (docs/what-a-forward-may-say.md). What cannot
+    be followed, does more than its stock class does, or will not have its class changed is left
+    alone: a row says why. After an exception nothing is changed.
 
     ``step()`` and ``zero_grad()`` of an optimiser run as one call each, to the bits of its default
     implementation (a NaN is a NaN, whatever its own bits). It must be a ``torch.optim.SGD``,
@@ -443,7 +445,7 @@ def optimize(model: nn.Module, optimizer: Optimizer | None = None) -> Report:
         TypeError: ``model`` is not an ``nn.Module``, or ``optimizer`` no ``torch.optim.Optimizer``.
 
     Source:
-        mylayers/optimization.py and optimizers.py; which layers are fused, and when, is
+        mylayers/optimization.py, forwards.py and optimizers.py; which layers are fused, and when, is
         :class:`mylayers.FusedSequential`'s.
 
     Example:

@@ -1616,7 +1616,7 @@ class Draw:
         return r.choice(
             [
                 lambda net, _: net.train(mode),
-                lambda net, _: net.drop.train(mode),
+                lambda net, _: net._modules["drop"].train(mode),
                 lambda net, _: setattr(net, "flag", flag),
                 lambda net, _: setattr(net, "number", number),
                 lambda net, _: setattr(net, "nothing", None if flag else new()),
@@ -1753,9 +1753,11 @@ def lines_of(case: Case) -> str:
     text = textwrap.dedent(inspect.getsource(vars(type(net)).get("forward", forward)))
     bare = (line.partition("  #")[0] for line in text.splitlines())
     lines = [line for line in bare if line.strip() and not line.strip().startswith("#")]
-    return "<br>".join(
-        f"`{' ' * (len(line) - len(line.lstrip()))}{line.strip()}`" for line in lines
-    ).replace("|", "\\|")
+    return (
+        "<br>".join(f"`{' ' * (len(line) - len(line.lstrip()))}{line.strip()}`" for line in lines)
+        .replace("|", "\\|")
+        .replace("](", "] (")
+    )  # which would be a link
 
 
 def table() -> str:
