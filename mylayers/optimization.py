@@ -445,8 +445,8 @@ def optimize(model: nn.Module, optimizer: Optimizer | None = None) -> Report:
         TypeError: ``model`` is not an ``nn.Module``, or ``optimizer`` no ``torch.optim.Optimizer``.
 
     Source:
-        mylayers/optimization.py, forwards.py and optimizers.py; which layers are fused, and when, is
-        :class:`mylayers.FusedSequential`'s.
+        mylayers/optimization.py, forwards.py and optimizers.py; which layers are fused, and when,
+        is :class:`mylayers.FusedSequential`'s.
 
     Example:
         >>> from torch import nn

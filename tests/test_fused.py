@@ -412,7 +412,7 @@ def test_what_gives_its_children_in_a_way_of_its_own_is_not_planned_at_each_call
     if way == "_modules":
         net._modules = OrderedDict(net._modules)
     expected = nn.Sequential.forward(net, x)
-    for function in ("plan", "_parts"):
+    for function in ("plan", "parts_of"):
         monkeypatch.setattr(sequential, function, lambda *_: pytest.fail("planned"))
     for _ in range(3):
         assert same_bits(net(x), expected)
