@@ -124,6 +124,12 @@ class InPlaceOnInput(Base):
         return self.b(self.a(F.relu(x, inplace=True)))
 
 
+class ChangedAfterwards(Base):
+    def forward(self, x):
+        x = F.relu(F.elu(self.a(torch.tanh(x))), inplace=True)
+        return F.relu(self.c(F.elu(self.b(x))), inplace=True)
+
+
 class OursInIt(Base):
     def forward(self, x):
         return self.b(self.center(self.mine(x)))
@@ -552,6 +558,7 @@ CASES = [
     Case(OtherAlpha, "", why="elu with"),
     Case(InPlace, "a + relu + b"),
     Case(InPlaceOnInput, ""),
+    Case(ChangedAfterwards, "tanh + a, b + elu + c + relu"),
     Case(OursInIt, "mine + center + b"),
     Case(DropoutModule, "a + relu, b + relu", "a + relu + drop + b + relu + drop + c"),
     Case(DropoutFunction, "a + relu", "a + relu + dropout + b"),
