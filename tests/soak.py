@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
 import mylayers
 from mylayers import CenteredLayer, FusedSequential, MyLinear, _explain, _watched, functional
@@ -74,6 +75,24 @@ class Iterating(FusedSequential):
         return iter(self._modules.values())
 
 
+class Written(nn.Module):
+    """A forward of one's own: two regions, and what stands between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.a(x))
+        x = x + 1
+        return self.c(torch.tanh(self.b(x)))
+
+
+class WrittenWhole(Written):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(F.relu(self.a(x)))
+
+
 def entries() -> dict[str, Entry]:
     """Each way into the compiled half, on small tensors, for those calls are many."""
     torch.manual_seed(0)
@@ -94,6 +113,9 @@ def entries() -> dict[str, Entry]:
     half = [t.bfloat16() for t in (x, weight, bias)]
     optimized = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     kept_weight = net[0].weight
+    written, written_whole, written_anew = Written(), WrittenWhole(), Written()
+    mylayers.optimize(written)
+    mylayers.optimize(written_whole)
 
     def backward() -> None:
         torch.autograd.grad(functional.linear_act(*leaves).sum(), leaves)
@@ -150,6 +172,11 @@ def entries() -> dict[str, Entry]:
         _C.keep_frozen(mylayers.Frozen, mylayers.frozen._call_slowly)
         _C.watch_optimizers(_watched.IN_STEPS, _watched.HOOKS_ON_STEPS)
 
+    def optimize_written() -> None:
+        made = copy.copy(written_anew)
+        mylayers.optimize(made)
+        made(x)
+
     def optimize() -> None:
         mylayers.optimize(optimized)
         optimized(x)
@@ -182,6 +209,10 @@ def entries() -> dict[str, Entry]:
         "FusedSequential, refused": refused(lambda: net(bias)),
         "FusedSequential, copied": lambda: copy.deepcopy(net)(x),
         "FusedSequential, pickled": lambda: pickle.loads(pickle.dumps(net)),
+        "a forward of one's own": lambda: written_whole(x),
+        "a forward of one's own, in parts": lambda: written(x),
+        "a forward of one's own, refused": refused(lambda: written(bias)),
+        "a forward of one's own, planned anew": optimize_written,
         "Frozen": lambda: frozen(x),
         "Frozen, out": lambda: frozen(x, out=frozen_out),
         "Frozen, of NumPy": lambda: frozen(array),
@@ -216,7 +247,9 @@ def entries() -> dict[str, Entry]:
         "build_info": mylayers.build_info,
         "the plan of a product": lambda: _explain.plan(8, 64, 64),
         "the machines that plans are for": _C.machines,
-        "how much is known": lambda: _C.known_objects() + _C.known_optimizers(),
+        "how much is known": lambda: (
+            _C.known_objects() + _C.known_optimizers() + _C.known_forwards()
+        ),
         "what is watched": watch,
     }
 
@@ -226,6 +259,7 @@ SLOW = {
     "FusedSequential, planned anew": 20,
     "FusedSequential, planned anew, children in a way of its own": 20,
     "FusedSequential, copied": 20,
+    "a forward of one's own, planned anew": 200,
     "FusedSequential, pickled": 20,
     "a step, planned anew": 20,
     "Frozen, of values apart": 20,

@@ -420,7 +420,7 @@ def test_what_is_read_is_what_was_measured(bench, tmp_path):
         (["--device", "cuda"], r"--device cuda: torch .* finds no GPU"),
         (["--threads", "0"], r"--threads: must be a whole number from 1; got '0'"),
         (["--threads", "two"], r"--threads: must be a whole number from 1; got 'two'"),
-        (["--out", __file__], r"--out: .*test_benchmarks\.py"),
+        (["--out", __file__], r"--out: .*test_benchmark_runs\.py"),
         (["--shape", "1x2"], r"--shape: no such shape in these suites: 1x2"),
     ],
 )
