@@ -20,6 +20,14 @@ from mylayers import (
 )
 
 ops = torch.ops.mylayers
+# Of each file of their tests.
+MARKS = [
+    pytest.mark.usefixtures("seed"),
+    # torch scripts its own helpers when its compilers or forward mode are first used, and warns.
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
+    # Dynamo and opcheck read .grad of the tensors they are given.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
 
 

@@ -34,6 +34,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The default dtype, so that another order of the same sums is no difference."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="session")
 def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
     group = Processes(request.param)

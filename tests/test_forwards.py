@@ -36,6 +36,7 @@ import mylayers
 from mylayers import CenteredLayer, FusedSequential, MyLinear
 from mylayers._extension import _C
 
+pytestmark = pytest.mark.usefixtures("float64")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "what-a-forward-may-say.md"
 BEGIN, END = "<!-- table: python tests/test_forwards.py -->", "<!-- end of table -->"
 
@@ -620,15 +621,6 @@ either_mode = pytest.mark.parametrize("training", [True, False], ids=["training"
 
 
 # ---- yardsticks --------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    """So that another order of the same sums is no difference."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def x() -> Tensor:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from chains import (
     EDITS,
+    MARKS,
     Doubled,
     assert_close,
     assert_like_stock,
@@ -46,13 +47,7 @@ from mylayers import (
     sequential,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("seed"),
-    # torch scripts its own helpers when its compilers or forward mode are first used, and warns.
-    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
-    # Dynamo and opcheck read .grad of the tensors they are given.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

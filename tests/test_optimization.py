@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from chains import assert_close
 from common import COPIES, Calls
 from samples import drawer, same_bits
 from torch import Tensor, nn
@@ -286,18 +287,6 @@ def results(net: nn.Module, x: Tensor) -> list[Tensor | None]:
     torch.manual_seed(0)  # dropout
     y = net(x * 1)
     return [y.detach(), *torch.autograd.grad(y.pow(3).sum(), [x, *parameters], allow_unused=True)]
-
-
-def assert_close(actual: Any, expected: Any, terms: int = 4096) -> None:
-    """Within the rounding of sums of ``terms`` products."""
-    for a, e in zip(actual, expected, strict=True):
-        if e is None:
-            assert a is None
-            continue
-        magnitude = max([1.0, *e.detach().abs().flatten().tolist()])
-        torch.testing.assert_close(
-            a.detach(), e.detach(), rtol=0, atol=terms**0.5 * torch.finfo(e.dtype).eps * magnitude
-        )
 
 
 def rows_of(report: Report) -> list[Row]:

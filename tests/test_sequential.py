@@ -11,6 +11,7 @@ import pytest
 import samples
 import torch
 from chains import (
+    MARKS,
     PROGRAMS,
     VARIED,
     arguments,
@@ -44,13 +45,7 @@ from mylayers import (
 
 ops = torch.ops.mylayers
 
-pytestmark = [
-    pytest.mark.usefixtures("seed"),
-    # torch scripts its own helpers when its compilers or forward mode are first used, and warns.
-    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
-    # Dynamo and opcheck read .grad of the tensors they are given.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = MARKS
 
 
 # ---- the operator: bits ----------------------------------------------------------------

@@ -29,6 +29,7 @@ import mylayers
 from mylayers import FusedSequential, MyLinear, forward_backward
 from mylayers._extension import _C
 
+pytestmark = pytest.mark.usefixtures("float64")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "what-a-module-may-do.md"
 BEGIN, END = "<!-- table: python tests/test_what_a_module_may_do.py -->", "<!-- end of table -->"
 
@@ -536,15 +537,6 @@ def _no_global_hooks() -> Iterator[None]:
     global_hooks._global_forward_hooks.clear()
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    """So that another order of the same sums is no difference: some gradients nearly cancel."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def observed(case: Case, kind: str) -> str:
     """Checks a case, and says what came of it where it was optimized."""
     rows: tuple[Any, ...] = ()
@@ -930,5 +922,6 @@ def test_the_page_has_this_table():
 
 
 if __name__ == "__main__":
+    torch.set_default_dtype(torch.float64)
     text = PAGE.read_text()
     PAGE.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{table()}\n{END}{text.split(END)[1]}")
