@@ -264,9 +264,8 @@ class _Search:
         self._module, self._source, self._names = module, source, names
         self._evaluates = evaluates
         self.found: list[Region] = []
-        self.reasons: dict[
-            int, str
-        ] = {}  # why what calls a module is not followed further, by its id
+        # Why what calls a module is not followed further, by its id.
+        self.reasons: dict[int, str] = {}
 
     def _follower(self) -> Follower:
         return Follower(self._module, self._source, self._evaluates)
