@@ -42,10 +42,10 @@ using ActivationFunction = at::Tensor(const at::Tensor& z, Activation activation
 using ActivationBackwardFunction =
     at::Tensor(const at::Tensor& grad_output, const at::Tensor& saved, Activation activation);
 
-// An activation by its name; ValueError for any other, or nothing.
+// An activation by its name, "elu" or "elu(0.5)"; ValueError for any other, or nothing.
 MYLAYERS_API Activation parse_activation(ActivationName name);
 std::optional<Activation> activation_named(std::string_view name);
-ActivationName activation_name(Activation activation);
+std::optional<std::string> activation_name(Activation activation);
 std::string activation_names();  // "relu, tanh, ..."
 
 // RuntimeError if the tensor's memory has been taken away.

@@ -5,6 +5,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <charconv>
+#include <cmath>
 
 #include "center.h"
 #include "dispatch/questions.h"
@@ -78,10 +80,23 @@ void check_memory(const char* op, const char* name, const at::Tensor& t) {
 }
 
 std::optional<Activation> activation_named(std::string_view name) {
+  const size_t open = name.find('(');
   for (size_t i = 1; i < kActivations.size(); ++i) {
-    if (name == kActivations[i].name) {
-      return static_cast<Activation>(i);
+    const auto kind = static_cast<ActivationKind>(i);
+    if (name.substr(0, open) != row_of(kind).name) {
+      continue;
     }
+    if (open == std::string_view::npos) {
+      return kind;
+    }
+    // "0.5)"; all settings are positive numbers.
+    const std::string_view rest = name.substr(open + 1);
+    double setting = 0;
+    const auto [end, error] = std::from_chars(rest.begin(), rest.end(), setting);
+    const bool is_number = error == std::errc() && setting > 0 && std::isfinite(setting);
+    return row_of(kind).has_setting() && is_number && std::string_view(end, rest.end()) == ")"
+               ? std::optional(Activation(kind, setting))
+               : std::nullopt;
   }
   return std::nullopt;
 }
@@ -90,8 +105,9 @@ std::string activation_names() {
   std::string names;
   for (size_t i = 1; i < kActivations.size(); ++i) {
     names.append(i == 1 ? "" : ", ").append(kActivations[i].name);
+    names.append(kActivations[i].has_setting() ? "[(x)]" : "");
   }
-  return names;
+  return names + " with x > 0";
 }
 
 Activation parse_activation(ActivationName name) {
@@ -105,8 +121,17 @@ Activation parse_activation(ActivationName name) {
   return *found;
 }
 
-ActivationName activation_name(Activation activation) {
-  return activation == Activation::kNone ? std::nullopt : ActivationName(row_of(activation).name);
+std::optional<std::string> activation_name(Activation activation) {
+  if (activation == Activation::kNone) {
+    return std::nullopt;
+  }
+  std::string name(row_of(activation).name);
+  if (activation.setting != row_of(activation).setting) {
+    std::array<char, 32> digits;
+    const auto end = std::to_chars(digits.begin(), digits.end(), activation.setting).ptr;
+    name.append("(").append(digits.begin(), end).append(")");
+  }
+  return name;
 }
 
 void check_linear_act(

@@ -7,6 +7,7 @@ of it stays, the lines come to the same layers. What cannot be followed ends the
 
 import ast
 import builtins
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from mylayers import _watched, sequential, stock
 from mylayers._extension import _C
 from mylayers._source import Source
-from mylayers.activations import ACTIVATIONS
+from mylayers.activations import ACTIVATIONS, name_of
 from mylayers.sequential import FusedSequential, Layer, Unfused
 from mylayers.stock import HOOKS, Must, Stock
 
@@ -105,9 +106,14 @@ def _activation(name: str, arguments: _Arguments) -> Layer:
     inplace = arguments.pop("inplace", False)
     if type(inplace) is not bool:
         raise FollowError("its inplace is no bool")
-    for step, known in ACTIVATIONS.items():
-        if known.module.__name__.lower() == name and arguments == known.settings:
-            return Layer(step, in_place=inplace)
+    for kind, known in ACTIVATIONS.items():
+        if name not in (kind, known.module.__name__.lower()):
+            continue
+        setting = arguments.pop(known.setting, known.default)
+        if type(setting) not in (int, float) or (known.setting and not 0 < setting < math.inf):
+            raise FollowError(f"its {known.setting} is no positive number")
+        if arguments.items() <= known.settings.items():
+            return Layer(name_of(kind, setting), in_place=inplace)
     raise FollowError(f"{name} with {arguments}")
 
 
@@ -130,18 +136,32 @@ _PARAMETERS: dict[str, _Arguments] = {
     "relu": {"inplace": False},
     "elu": {"alpha": 1.0, "inplace": False},
     "gelu": {"approximate": "none"},
+    "silu": {"inplace": False},
+    "leaky_relu": {"negative_slope": 0.01, "inplace": False},
+    "selu": {"inplace": False},
+    "celu": {"alpha": 1.0, "inplace": False},
+    "softplus": {"beta": 1, "threshold": 20},
+    "mish": {"inplace": False},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0, "inplace": False},
+    "relu6": {"inplace": False},
+    "hardswish": {"inplace": False},
+    "hardsigmoid": {"inplace": False},
     "flatten": {"start_dim": 0, "end_dim": -1},
     "dropout": {"p": 0.5, "training": True, "inplace": False},
 }
 # Builtin, and deaf to the keywords that the same function of torch.nn.functional has.
-_OWN_PARAMETERS: dict[Any, _Arguments] = {torch.relu: {}, Tensor.relu: {}}
+_OWN_PARAMETERS: dict[Any, _Arguments] = {
+    torch.relu: {},
+    Tensor.relu: {},
+    torch.selu: {},
+    torch.celu: {"alpha": 1.0},
+}
 _BY_KEYWORD = (F.gelu,)
 
 _FUNCTIONS: dict[Any, str] = {
     function: name.rpartition(".")[2]
     for owner, name, function in (*_watched.BY_LAYERS, *_watched.BY_FORWARDS)
-    if owner in (torch, F, Tensor)
-    and name in ("relu", "tanh", "sigmoid", "elu", "gelu", "flatten", "dropout")
+    if owner in (torch, F, Tensor) and name in (*ACTIVATIONS, "flatten", "dropout")
 }
 
 

@@ -5,6 +5,8 @@ csrc/steps/program.h has their grammar, and is who refuses what is none.
 
 from typing import NamedTuple
 
+from mylayers.activations import row_of
+
 __all__ = ["Step", "parse"]
 
 
@@ -12,7 +14,7 @@ class Step(NamedTuple):
     """A step of a program.
 
     Attributes:
-        name: "linear", "linear_t", "center", "flatten", "add" or an activation's.
+        name: "linear", "linear_t", "center", "flatten", "add" or an activation's, with its setting.
         numbers: the dimensions of a center or flatten.
         has_bias: whether a linear step has a bias.
         activation: that of a linear step.
@@ -49,7 +51,8 @@ def parse(program: str) -> list[Step]:
     for place, text in enumerate(program.split("; ")):
         step, _, inputs = text.partition("@")
         head, *suffixes = step.split("+")
-        name, _, numbers = head.rstrip(")").partition("(")
+        is_activation = row_of(head) is not None
+        name, _, numbers = (head, "", "") if is_activation else head.rstrip(")").partition("(")
         has_bias = "bias" in suffixes
         activation = suffixes[-1] if len(suffixes) > has_bias else None
         named = _numbers(inputs) or (place,)

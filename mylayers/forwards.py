@@ -247,10 +247,6 @@ def _chain(follower: Follower) -> str:
     for before, layer in zip([None, *layers], layers, strict=False):
         if layer.in_place and not (before and before.is_affine):
             return ""
-    # Stock's backward reads what it is given, ours what it makes, which later lines may change.
-    computing = [layer.step for layer in layers if layer.computes]
-    if computing and computing[-1] == "elu":
-        return ""
     parts = sequential.parts_of(layers)
     if len(parts) != 1 or not isinstance(parts[0], Chain) or len(parts[0].children) < len(layers):
         return ""

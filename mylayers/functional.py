@@ -37,8 +37,12 @@ def linear_act(
         weight: ``(in_units, units)``, any strides; dtype and device of ``input``. (The
             transpose of ``torch.nn.functional.linear``'s.)
         bias: ``(units)``, or None for no bias.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
-            ``"gelu_tanh"`` (its approximation) or None.
+        activation: None or the name of one, with PyTorch's defaults: ``"relu"``, ``"tanh"``,
+            ``"sigmoid"``, ``"elu"``, ``"gelu"``, ``"gelu_tanh"`` (its approximation), ``"silu"``,
+            ``"leaky_relu"``, ``"selu"``, ``"celu"``, ``"softplus"``, ``"logsigmoid"``,
+            ``"mish"``, ``"hardtanh"``, ``"relu6"``, ``"hardswish"``, ``"hardsigmoid"``,
+            ``"softsign"``. ``"elu(0.5)"`` and ``"celu(0.5)"`` say alpha, ``"leaky_relu(0.2)"`` the
+            slope below zero: a positive number.
 
     Returns:
         ``(..., units)``, contiguous. Sums are formed in float32 for the 16-bit dtypes and in

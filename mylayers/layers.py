@@ -11,7 +11,7 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 
 from mylayers import functional, stock
 from mylayers._extension import _C
-from mylayers.activations import ACTIVATIONS, NAMES
+from mylayers.activations import NAMES, row_of
 from mylayers.convert import linear_from, linear_to
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class MyLinear(nn.Module):
         in_units: size of each input row.
         units: size of each output row.
         bias: whether to add a learnt bias.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
-            ``"gelu_tanh"`` (its approximation) or None.
+        activation: ``"relu"``, ``"gelu"``, ``"elu(0.5)"`` or another name that
+            :func:`mylayers.functional.linear_act` takes, or None.
         device: where the parameters are made.
         dtype: floating dtype of the parameters.
 
@@ -110,7 +110,7 @@ class MyLinear(nn.Module):
             raise TypeError(
                 f"MyLinear: activation must be a str or None; got {type(activation).__name__}"
             )
-        if activation is not None and activation not in ACTIVATIONS:
+        if activation is not None and row_of(activation) is None:
             raise ValueError(
                 f"MyLinear: activation must be one of {NAMES} or None; got {activation!r}"
             )
@@ -177,8 +177,8 @@ class MyLinear(nn.Module):
         Args:
             linear: its parameters are copied, the weight transposed; dtype, device,
                 ``requires_grad`` and training mode are kept.
-            activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
-            ``"gelu_tanh"`` (its approximation) or None.
+            activation: ``"relu"``, ``"gelu"``, ``"elu(0.5)"`` or another name that
+            :func:`mylayers.functional.linear_act` takes, or None.
 
         Returns:
             A new layer that shares nothing with ``linear``.
@@ -232,7 +232,7 @@ def _keep(layer: MyLinear) -> None:
         and not STOCK_MY_LINEAR.is_shadowed_by(own)
         and type(own.get("_parameters")) is dict
         and own["_parameters"].keys() >= {"weight", "bias"}
-        and (activation is None or (type(activation) is str and activation in ACTIVATIONS))
+        and (activation is None or (type(activation) is str and row_of(activation) is not None))
     )
     _C.keep_layer(layer, (cls, version, entries), is_stock, activation if is_stock else None)
 
@@ -243,8 +243,8 @@ class LazyMyLinear(LazyModuleMixin, MyLinear):
     Args:
         units: size of each output row.
         bias: whether to add a learnt bias.
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"`` (alpha 1), ``"gelu"``,
-            ``"gelu_tanh"`` (its approximation) or None.
+        activation: ``"relu"``, ``"gelu"``, ``"elu(0.5)"`` or another name that
+            :func:`mylayers.functional.linear_act` takes, or None.
         device: where the parameters are made.
         dtype: floating dtype of the parameters.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mylayers import _programs
-from mylayers.activations import ACTIVATIONS
+from mylayers.activations import NAMES, find
 
 __all__ = ["translation_table"]
 
@@ -64,12 +64,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def activated(x: Any, dtype: Any, activation: str | None) -> Any:
         if activation is None:
             return x
-        if activation not in ACTIVATIONS:
+        known = find(activation)
+        if known is None:
             raise ValueError(
                 "mylayers.onnx: activation must be one of those translated, "
-                f"{', '.join(ACTIVATIONS)} or None; got {activation!r}"
+                f"{NAMES} or None; got {activation!r}"
             )
-        known = ACTIVATIONS[activation]
         if dtype == ir.DataType.DOUBLE and known.onnx_float64 is not None:
             return known.onnx_float64(op, x)
         return known.onnx(op, x)

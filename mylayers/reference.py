@@ -30,11 +30,12 @@ def linear_act(
         output = output + bias
     if activation is None:
         return output
-    if activation not in ACTIVATIONS:
+    known = activations.find(activation)
+    if known is None:
         raise ValueError(
             f"linear_act: activation must be one of {activations.NAMES} or None; got {activation!r}"
         )
-    return ACTIVATIONS[activation](output)
+    return known.formula(output)
 
 
 def center(input: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:

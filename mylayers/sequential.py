@@ -5,6 +5,7 @@ children with the last plans in C++ (csrc/python/plans.h), which reads the param
 call; where none fits any more, a new one is made.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mylayers import _watched, stock
 from mylayers._extension import _C
-from mylayers.activations import ACTIVATIONS
+from mylayers.activations import ACTIVATIONS, name_of, row_of
 from mylayers.layers import STOCK_MY_LINEAR, CenteredLayer, MyLinear
 from mylayers.stock import DICTIONARIES, HOOKS, TENSORS, Difference, Must, Stock
 
@@ -117,9 +118,10 @@ def _my_linear(own: _State) -> Layer | Unfused:
     activation = own.get("activation")
     if activation is None:
         return _linear(own, "linear", "activation")
-    if type(activation) is not str or activation not in ACTIVATIONS:
+    row = row_of(activation) if type(activation) is str else None
+    if row is None:
         return Unfused("its activation is none of ours", ("activation",))
-    if not ACTIVATIONS[activation].reads_input:
+    if not row.reads_input:
         return _linear(own, f"linear+{activation}", "activation")
     layer = _linear(own, "linear", "activation")
     if isinstance(layer, Unfused):
@@ -130,12 +132,17 @@ def _my_linear(own: _State) -> Layer | Unfused:
 def _activation(module: type[nn.Module]) -> Callable[[_State], Layer | Unfused]:
     known = {name: one for name, one in ACTIVATIONS.items() if one.module is module}
     settings = sorted({setting for one in known.values() for setting in one.settings})
+    free = next(iter(known.values())).setting
     works_in_place = "inplace" in vars(module())
-    attributes = (*settings, "inplace") if works_in_place else tuple(settings)
+    attributes = (*settings, *filter(None, [free]), *["inplace"] * works_in_place)
 
     def rule(own: _State) -> Layer | Unfused:
         inplace = own.get("inplace") if works_in_place else False
         given = {setting: own.get(setting) for setting in settings}
+        if free:
+            value: Any = own.get(free)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                return Unfused(f"its {free} is {value!r}, not a positive number", attributes)
         if type(inplace) is not bool:
             return Unfused("its inplace is no bool", attributes)
         for setting, value in given.items():
@@ -143,7 +150,8 @@ def _activation(module: type[nn.Module]) -> Callable[[_State], Layer | Unfused]:
                 return Unfused(f"its {setting} is of {type(value).__name__}", attributes)
         for name, one in known.items():
             if given == one.settings:
-                return Layer(name, attributes, inplace)
+                step = name_of(name, value) if free else name
+                return Layer(step, attributes, inplace)
         reasons = []
         for setting, value in given.items():
             fused = " or ".join(repr(one.settings[setting]) for one in known.values())
@@ -335,21 +343,29 @@ class Chain:
         return self.has_linear or "; " in self.program
 
 
-# Those that a linear step takes: backward reads their output, which the next layer keeps anyway.
-_ACTIVATION_STEPS = tuple(name for name, one in ACTIVATIONS.items() if not one.reads_input)
 _AFFINE_STEPS = ("linear", "linear+bias", "linear_t", "linear_t+bias")
 
 
+def _belongs_to_linear_step(step: str, is_last: bool) -> bool:
+    """Whether it is an activation whose backward reads its output, which the next layer keeps.
+
+    After the last layer callers may change the output, unless PyTorch's backward reads it, too.
+    """
+    row = row_of(step)
+    return row is not None and not row.reads_input and (row.saves_output or not is_last)
+
+
 def _program(layers: Iterable[Layer]) -> str:
+    computing = [layer.step for layer in layers if layer.step]
     steps: list[str] = []
     takes_activation = False
-    for layer in layers:
-        if layer.step in _ACTIVATION_STEPS and takes_activation:
-            steps[-1] += "+" + layer.step
+    for place, step in enumerate(computing, 1):
+        if takes_activation and _belongs_to_linear_step(step, place == len(computing)):
+            steps[-1] += "+" + step
             takes_activation = False
-        elif layer.step:
-            steps.append(layer.step)
-            takes_activation = layer.step in _AFFINE_STEPS
+        else:
+            steps.append(step)
+            takes_activation = step in _AFFINE_STEPS
     return "; ".join(steps)
 
 
@@ -518,10 +534,11 @@ class FusedSequential(nn.Sequential):
     r"""An ``nn.Sequential`` that computes runs of its children in one call of one operator.
 
     It takes what ``nn.Sequential`` takes and is one in all but speed: children, names, indices,
-    ``state_dict``. Runs of :class:`mylayers.MyLinear`, ``nn.Linear``, ``nn.ReLU``, ``nn.Tanh``,
-    ``nn.Sigmoid``, ``nn.ELU`` (alpha 1), ``nn.GELU``, :class:`mylayers.CenteredLayer`,
-    ``nn.Identity``, ``nn.Flatten`` and, in eval mode, ``nn.Dropout`` are fused, forward and
-    backward, without copying or keeping anything of them: parameters are read on every call. A
+    ``state_dict``. Runs of :class:`mylayers.MyLinear`, ``nn.Linear``, PyTorch's modules of the
+    activations that :func:`mylayers.functional.linear_act` takes,
+    :class:`mylayers.CenteredLayer`, ``nn.Identity``, ``nn.Flatten`` and, in eval mode,
+    ``nn.Dropout`` are fused, forward and backward, without copying or keeping anything of them:
+    parameters are read on every call. A
     child of another type, with hooks, with a parametrised weight, or of a subclass with its own
     ``forward`` runs by itself.
 

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import hypothesis
 import samples
@@ -30,10 +29,10 @@ import torch
 from chains import outputs_one_by_one, split
 from hypothesis import strategies as st
 from samples import (
-    ACTIVATIONS,
     LAYOUTS,
     OF_INPUT,
     OF_OUTPUT,
+    WITH_SETTINGS,
     Sample,
     activation_tolerance,
     assert_within,
@@ -45,6 +44,7 @@ from torch import Tensor, nn
 
 import mylayers
 from mylayers import FusedSequential, functional, reference
+from mylayers.activations import find
 
 ops = torch.ops.mylayers
 
@@ -66,7 +66,8 @@ size = st.sampled_from(SIZES)
 any_size = st.sampled_from([*SIZES, *SIZES, *FAR])
 layout = st.sampled_from(["contiguous"] * 5 + list(LAYOUTS))
 layout_or_none = st.sampled_from([None] * 15 + ["contiguous"] * 5 + list(LAYOUTS))
-activation = st.sampled_from(ACTIVATIONS)
+ACTIVATIONS = (*reference.ACTIVATIONS, *WITH_SETTINGS)
+activation = st.sampled_from((*ACTIVATIONS, None))
 dtype = st.sampled_from(list(DTYPES))
 threads = st.sampled_from([1, 2, 3])
 first_row = st.integers(0, 20)
@@ -142,8 +143,8 @@ def center_cases(draw: st.DrawFn) -> Case:
 
 
 kind_of_step = st.sampled_from(["linear", "linear_t"] * 3 + ["activation", "center", "flatten"])
-activation_step = st.sampled_from(list(reference.ACTIVATIONS))
-activation_of_output = st.sampled_from((*OF_OUTPUT, None))
+activation_step = st.sampled_from(ACTIVATIONS)
+activation_of_output = st.sampled_from((*OF_OUTPUT, *WITH_SETTINGS, None))
 
 
 @st.composite
@@ -384,7 +385,7 @@ def check_steps(x: Tensor, parameters: list[Tensor], program: str, outputs: list
             dims = [int(d) for d in options[0].split(",")] if options else None
             test_center.check_values(output, x, dims)
         else:
-            exact = reference.ACTIVATIONS[name](x.double())
+            exact = find(name).formula(x.double())
             # Either formula rounds what it takes an exponential of.
             tolerance = activation_tolerance(name, x.dtype, exact)
             result = torch.finfo(x.dtype)
@@ -392,24 +393,6 @@ def check_steps(x: Tensor, parameters: list[Tensor], program: str, outputs: list
             tolerance += result.eps * (exact.abs() + read + result.tiny)
             assert_within(output, exact, tolerance)
         x = output
-
-
-class EluByItsOutput(torch.autograd.Function):
-    """elu, whose derivative is taken from the output, as in all of the library's backwards.
-
-    PyTorch's takes it from the input: where the output is near -1, the two differ by a rounding of
-    1, which is much of so small a derivative.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.nn.functional.elu(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.ops.aten.elu_backward(grad, 1, 1, 1, True, *ctx.saved_tensors)
 
 
 def check_sequential(case: Case) -> None:
@@ -423,8 +406,7 @@ def check_sequential(case: Case) -> None:
     check_steps(x, parameters, program, outputs)
 
     made = leaves([x, *parameters], case["wanted"])
-    with mock.patch.dict(reference.ACTIVATIONS, elu=EluByItsOutput.apply):
-        one_by_one = outputs_one_by_one(made[0], made[1:], program)[-1]
+    one_by_one = outputs_one_by_one(made[0], made[1:], program)[-1]
     assert same_bits(outputs[-1], one_by_one), "outputs"
     grad = LAYOUTS[case["layouts"][1]](samples.drawer("g", x.dtype), tuple(one_by_one.shape))
     expected = gradients(one_by_one, made, grad) if one_by_one.requires_grad else []

@@ -25,10 +25,13 @@ from torch import Tensor
 from mylayers import activations, reference
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = (*reference.ACTIVATIONS, None)
+# For what takes an activation whatever it is: one in registers, of its output, of either, of its
+# input, and none. test_activations.py has each of reference.ACTIVATIONS.
+ACTIVATIONS = ("relu", "tanh", "elu", "gelu", None)
 # Those whose derivative is a function of their output, and those of whose input it is.
 OF_OUTPUT = tuple(name for name, one in activations.ACTIVATIONS.items() if not one.reads_input)
 OF_INPUT = tuple(name for name, one in activations.ACTIVATIONS.items() if one.reads_input)
+WITH_SETTINGS = ("elu(0.5)", "leaky_relu(0.2)", "celu(2.0)", "celu(0.25)")
 
 # relu's first derivative jumps at 0, and elu's second.
 KINKED = ("relu", "elu")
@@ -241,9 +244,7 @@ def linear_act_samples(
     yield sample(((), 9, 7), input_layout="stepped", weight_layout="stepped")
     if dtype.is_complex:
         return
-    for activation in reference.ACTIVATIONS:
-        if activation == "relu":  # all of the above
-            continue
+    for activation in ACTIVATIONS[1:-1]:  # relu: all of the above
         yield sample(matrix, activation=activation)
         yield sample(((2, 3), 4, 5), activation=activation, bias_layout=None)
         if large:
@@ -434,11 +435,11 @@ def product_tolerance(dtype: torch.dtype, terms: int, magnitude: Tensor, exact: 
 def activation_tolerance(activation: str | None, dtype: torch.dtype, exact: Tensor) -> Tensor:
     """How far the activation of an accumulator may lie from its exact value.
 
-    relu does not round, the others by 4 units in the last place: in float32 by 2 from PyTorch's,
-    which are off by up to 2 themselves. Where sigmoid is less than the smallest normal number,
-    e^-x overflows, and it is 0.
+    Those that choose do not round, the others by 4 units in the last place: in float32 by 2 from
+    PyTorch's, which are off by up to 2 themselves. Where sigmoid is less than the smallest normal
+    number, e^-x overflows, and it is 0.
     """
-    if activation in (None, "relu"):
+    if activation in (None, "relu", "relu6", "hardtanh"):
         return torch.zeros_like(exact)
     accumulator = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype)
     return 4 * accumulator.eps * exact.abs() + accumulator.tiny

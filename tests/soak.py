@@ -26,7 +26,6 @@ import mylayers
 from mylayers import CenteredLayer, FusedSequential, MyLinear, _explain, _watched, functional
 from mylayers._extension import _C
 
-
 Entry = Callable[[], object]
 ops = torch.ops.mylayers
 
@@ -104,7 +103,7 @@ def entries() -> dict[str, Entry]:
     x, weight, bias = torch.randn(2, 8), torch.randn(8, 4), torch.randn(4)
     wide, wide_weight = torch.randn(40, 24), torch.randn(24, 24)  # gives up the GIL
     net = FusedSequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
-    parts = FusedSequential(nn.Linear(8, 4), nn.Softplus(), nn.Linear(4, 2))
+    parts = FusedSequential(nn.Linear(8, 4), nn.Softshrink(), nn.Linear(4, 2))
     iterating = Iterating(*net)
     layer, centered = MyLinear(8, 4), CenteredLayer(-1)
     target = torch.randn(2, 2)

@@ -479,7 +479,7 @@ def test_layer_used_twice_gets_the_sum_of_both_gradients() -> None:
 
 @pytest.mark.grid
 @any_wants
-@pytest.mark.parametrize("activation", [*OF_OUTPUT, None])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu", None])
 def test_only_what_backward_reads_is_saved(wants: tuple[str, ...], activation: str | None) -> None:
     saved: list[Tensor] = []
 

@@ -94,6 +94,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.whole
 def test_the_documented_commands_print_the_same_from_python_and_without(built: Example) -> None:
     count = len(built.rows.splitlines())
     assert count > 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import in_processes
+from samples import ACTIVATIONS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +30,6 @@ from mylayers import CenteredLayer, FusedSequential, LazyMyLinear, MyLinear, fun
 from mylayers.distributed import ColwiseParallel, RowwiseParallel
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-ACTIVATIONS = (None, *reference.ACTIVATIONS)
 
 Placements = tuple[Placement, ...]
 

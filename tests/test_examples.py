@@ -19,6 +19,7 @@ def example():
     return importlib.import_module(EXAMPLE.stem)
 
 
+@pytest.mark.whole
 def test_short_training_and_serving_end_in_agreement_and_a_plot(tmp_path):
     arguments = ["--training-steps", "1", "--steps", "1", "--out", tmp_path / "new"]
     run = subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True)

@@ -109,9 +109,31 @@ class Functions(Base):
         return other_functional.tanh(self.a(x))
 
 
-class OtherAlpha(Base):
+class Settings(Base):
     def forward(self, x):
-        return self.b(F.elu(self.a(x), 2.0))
+        x = F.leaky_relu(self.a(x), 0.2)
+        x = F.elu(self.b(x), alpha=0.5)
+        x = F.celu(self.c(x), 2.0, inplace=True)
+        return torch.celu(self.a(x), 0.5)
+
+
+class OtherActivations(Base):
+    def forward(self, x):
+        x = F.softplus(self.b(F.silu(self.a(x))), beta=1)
+        x = F.mish(self.a(F.logsigmoid(self.c(x))))
+        x = F.relu6(self.c(F.hardtanh(self.b(x), -1, 1)))
+        x = F.softsign(self.b(F.hardswish(self.a(x))))
+        return torch.selu(self.c(x))
+
+
+class SettingBelowZero(Base):
+    def forward(self, x):
+        return self.b(F.elu(self.a(x), -1.0))
+
+
+class OtherCorners(Base):
+    def forward(self, x):
+        return self.b(F.hardtanh(self.a(x), -2.0, 2.0))
 
 
 class InPlace(Base):
@@ -556,10 +578,17 @@ CASES = [
     Case(Methods, "a + relu + b + sigmoid + c"),
     Case(MethodOfInput, ""),
     Case(Functions, "a + relu + b + elu + c + gelu + a + tanh"),
-    Case(OtherAlpha, "", why="elu with"),
+    Case(Settings, "a + leaky_relu + b + elu + c + celu + a + celu"),
+    Case(
+        OtherActivations,
+        "a + silu + b + softplus + c + logsigmoid + a + mish + b + hardtanh + c + relu6 + a "
+        "+ hardswish + b + softsign + c + selu",
+    ),
+    Case(SettingBelowZero, "", why="its alpha is no positive number"),
+    Case(OtherCorners, "", why="hardtanh with"),
     Case(InPlace, "a + relu + b"),
     Case(InPlaceOnInput, ""),
-    Case(ChangedAfterwards, "tanh + a, b + elu + c + relu"),
+    Case(ChangedAfterwards, "tanh + a + elu, b + elu + c + relu"),
     Case(OursInIt, "mine + center + b"),
     Case(DropoutModule, "a + relu, b + relu", "a + relu + drop + b + relu + drop + c"),
     Case(DropoutFunction, "a + relu", "a + relu + dropout + b"),
@@ -1690,9 +1719,10 @@ def draw(seeds: range) -> int:
     return count
 
 
-@pytest.mark.parametrize("first", range(0, 300, 30))
+@pytest.mark.grid(one_in=3)
+@pytest.mark.parametrize("first", range(0, 150, 15))
 def test_drawn_forwards_compute_what_stocks_do(first):
-    assert draw(range(first, first + 30)) > 30
+    assert draw(range(first, first + 15)) > 15
 
 
 # ---- the page ----------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ OBSTACLES: dict[str, Callable[[FusedSequential], Any]] = {
     "pruned": lambda n: pruned(n[5]),
     "forward replaced": lambda n: replaced(n[5]),
     "forward of its own": replaced,
-    "alpha": lambda n: setattr(n[1], "alpha", 2.0),
+    "alpha": lambda n: setattr(n[1], "alpha", -2.0),
     "dims in a list": lambda n: setattr(n[2], "dim", [0]),
     "class with its own forward": lambda n: n.__setitem__(7, _Counted(5, 3)),
     "in training": lambda n: n.train(),

@@ -109,7 +109,8 @@ def test_output_is_the_formula(options, dtype):
     y = layer(x)
     assert y.dtype == dtype
     assert_equal(y, formula(layer, x), options["activation"])
-    assert bool((y < 0).any()) is (options["activation"] not in ("relu", "sigmoid"))
+    never_below_0 = ("relu", "sigmoid", "softplus", "relu6", "hardsigmoid")
+    assert bool((y < 0).any()) is (options["activation"] not in never_below_0)
 
 
 def test_bias_and_activation_are_positional_device_and_dtype_are_not():

@@ -28,6 +28,9 @@ from samples import (
 from torch import Tensor
 
 from mylayers import build_info, functional, reference
+from mylayers.activations import find
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 @functools.cache
@@ -38,13 +41,12 @@ def by_name(dtype: torch.dtype) -> dict[str, Sample]:
 every_sample = pytest.mark.parametrize("name", list(by_name(torch.float32)))
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda d: str(d)[6:])
 any_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-every_activation = pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 
 
 def slope(activation: str) -> Callable[[Tensor], Tensor]:
     def derivative(z: Tensor) -> Tensor:
         leaf = z.detach().clone().requires_grad_()
-        return torch.autograd.grad(reference.ACTIVATIONS[activation](leaf).sum(), leaf)[0]
+        return torch.autograd.grad(find(activation).formula(leaf).sum(), leaf)[0]
 
     return derivative
 
@@ -56,10 +58,41 @@ DERIVATIVES = {
     "tanh": lambda y: 1 - y * y,
     "sigmoid": lambda y: y * (1 - y),
     "elu": lambda y: y.clamp(max=0) + 1,
+    "elu(0.5)": lambda y: torch.where(y > 0, 1, y + 0.5),
+    "leaky_relu": lambda y: torch.where(y > 0, 1, torch.full_like(y, 0.01)),
+    "leaky_relu(0.2)": lambda y: torch.where(y > 0, 1, torch.full_like(y, 0.2)),
+    "selu": lambda y: torch.where(y > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA),
+    "celu": lambda y: y.clamp(max=0) + 1,
+    "celu(2.0)": lambda y: y.clamp(max=0) / 2 + 1,
+    "celu(0.25)": lambda y: y.clamp(max=0) * 4 + 1,
+    "softplus": lambda y: torch.where(y > 20, 1, -torch.expm1(-y)),
+    "logsigmoid": lambda y: -torch.expm1(y),
+    "hardtanh": lambda y: (y.abs() < 1).to(y.dtype),
+    "relu6": lambda y: ((y > 0) & (y < 6)).to(y.dtype),
     None: torch.ones_like,
 }
-# The steepest slope of that function, where it has no jump.
-STEEPEST = {"tanh": 2, "sigmoid": 1, "elu": 1, **dict.fromkeys(OF_INPUT, 1)}
+# The steepest slope of that function, between its jumps; of those that are constants there, none.
+STEEPEST = {
+    **dict.fromkeys(("tanh", "softsign"), 2),
+    **dict.fromkeys(("leaky_relu", "leaky_relu(0.2)"), 0),
+    **dict.fromkeys(("sigmoid", "elu", "elu(0.5)", "selu", "celu", "celu(2.0)"), 1),
+    **dict.fromkeys(("softplus", "logsigmoid"), 1),
+    **dict.fromkeys(("gelu", "gelu_tanh", "silu", "mish", "hardswish", "hardsigmoid"), 1),
+    "celu(0.25)": 4,
+}
+# Where the derivative jumps, by the activation's input.
+JUMPS = {
+    **dict.fromkeys(("relu", "leaky_relu", "leaky_relu(0.2)", "selu", "elu(0.5)"), (0,)),
+    "hardtanh": (-1, 1),
+    "relu6": (0, 6),
+    **dict.fromkeys(("hardswish", "hardsigmoid"), (-3, 3)),
+}
+# The steepest slope of those that move two values further apart.
+SLOPE = {
+    **dict.fromkeys(("gelu", "gelu_tanh", "silu", "mish"), 1.13),
+    "hardswish": 1.5,
+    "selu": SELU_SCALE * SELU_ALPHA,
+}
 
 
 def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -73,17 +106,17 @@ def rows_of(t: Tensor) -> Tensor:
 def forward_tolerance(
     dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """For the output: gelu alone moves two pre-activations further apart, by 1.13 at most."""
+    """For the output."""
     exact = reference.linear_act(x, weight, bias, activation)
     magnitude = torch.matmul(x.abs(), weight.abs()) + (0 if bias is None else bias.abs())
+    slope = SLOPE.get(activation, 1)
     if activation in OF_INPUT:  # which is rounded before
         result = torch.finfo(dtype)
-        moved = 1.13 * forward_tolerance(dtype, x, weight, bias, None)
+        moved = slope * forward_tolerance(dtype, x, weight, bias, None)
         rounded = result.eps * (exact.abs() + result.tiny)
         return moved + activation_tolerance(activation, dtype, exact) + rounded
-    return product_tolerance(dtype, x.shape[-1], magnitude, exact) + activation_tolerance(
-        activation, dtype, exact
-    )
+    summed = slope * product_tolerance(dtype, x.shape[-1], magnitude, exact)
+    return summed + activation_tolerance(activation, dtype, exact)
 
 
 def check_forward(operator, sample: Sample) -> None:
@@ -109,14 +142,16 @@ def dz_tolerance(
 
     act' is computed from the rounded output, with its product in at most 3 roundings of the
     accumulator, to at most 1; then comes one rounding to ``dtype``. relu's and none's are exact.
-    gelu's is computed from its input, in exponentials that take more.
+    selu's is up to 1.8; gelu's is computed from its input, in exponentials that take more.
     """
     if activation not in STEEPEST:
         return torch.zeros_like(dz)
     accumulator = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype)
     result = torch.finfo(dtype)
-    roundings = 16 if activation in OF_INPUT else 1.5
+    roundings = 16 if activation in OF_INPUT else 3 if activation == "selu" else 1.5
     computed = grad.abs() * (STEEPEST[activation] * output + roundings * accumulator.eps)
+    if activation == "hardsigmoid" and dtype == torch.float64:
+        computed += 1e-8 * grad.abs()  # PyTorch's own, the yardstick, has a factor of float32
     return computed + result.eps / 2 * (dz.abs() + computed) + result.eps / 2 * result.tiny
 
 
@@ -129,11 +164,11 @@ def check_gradients(sample: Sample) -> None:
     x, weight, bias = in_float64(*sample.args)
     output_tolerance = forward_tolerance(dtype, x, weight, bias, activation)
     grad = samples.drawer(f"{sample.name}-grad", dtype)(*output.shape).to(output.device)
-    if activation == "relu":
-        # Where rounding may put the pre-activation on either side of the kink, neither gradient
-        # is wrong: nothing flows there.
+    for jump in JUMPS.get(activation, ()):
+        # Where rounding may put the pre-activation on either side, neither gradient is wrong:
+        # nothing flows there.
         z = reference.linear_act(x, weight, bias, activation=None)
-        grad = grad * (z.abs() > forward_tolerance(dtype, x, weight, bias, None))
+        grad = grad * ((z - jump).abs() > forward_tolerance(dtype, x, weight, bias, None))
     output.backward(grad)
     exact_output.backward(grad.double())
 
@@ -230,7 +265,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted, activation, rows):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("activation", OF_OUTPUT)
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu"])
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_the_backward_operator_leaves_out_what_its_mask_leaves_out(mask, activation):
     draw = samples.drawer("mask", torch.float64)
@@ -376,7 +411,7 @@ def test_subnormal_and_nan_results_have_the_same_bits_in_every_batch(activation,
         assert same_bits(output, one_by_one[:rows]), rows
 
 
-@pytest.mark.parametrize("activation", OF_INPUT)
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_float16_sums_that_round_to_subnormal_numbers_and_then_once_more(activation):
     x = (torch.arange(-500, 500) * 2.0**-24).half()[:, None]
     weight = torch.tensor([[0.7], [0.3]]).half()
@@ -506,7 +541,7 @@ def test_gradients_of_no_units_have_no_values_however_many_rows_there_are(sizes,
 # are not cut.
 @pytest.mark.grid
 @every_dtype
-@every_activation
+@any_activation
 @pytest.mark.parametrize(
     "sizes", [(700, 40, 33), (2049, 40, 33), (4500, 65, 17), (140_000, 3, 2), (5000, 300, 270)]
 )

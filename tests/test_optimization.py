@@ -235,8 +235,8 @@ MODELS: dict[str, Model] = {
         ],
     ),
     "other alpha": Model(
-        lambda: nn.Sequential(linear(), nn.ELU(2.0)),
-        [("", "Linear", ""), ("1", "ELU", "alpha is 2.0, not 1")],
+        lambda: nn.Sequential(linear(), nn.ELU(-2.0)),
+        [("", "Linear", ""), ("1", "ELU", "its alpha is -2.0, not a positive number")],
     ),
     "ours": Model(
         lambda: nn.Sequential(

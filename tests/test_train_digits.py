@@ -19,6 +19,7 @@ def example():
     return importlib.import_module(EXAMPLE.stem)
 
 
+@pytest.mark.whole
 def test_three_ways_learn_the_digits_and_end_in_a_plot(tmp_path):
     arguments = ["--epochs", "10", "--out", tmp_path / "new"]
     run = subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True)

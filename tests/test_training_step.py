@@ -289,7 +289,7 @@ def _shared() -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "no container": Residual,
-    "a layer without a kernel": lambda: FusedSequential(nn.Linear(5, 3), nn.Softplus()),
+    "a layer without a kernel": lambda: FusedSequential(nn.Linear(5, 3), nn.Softplus(beta=2)),
     "stock": lambda: nn.Sequential(nn.Linear(5, 3), nn.Tanh()),
     "a shared layer": _shared,
 }

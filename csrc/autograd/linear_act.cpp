@@ -35,7 +35,10 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
         {weight.requires_grad() ? input : at::Tensor(),
          input.requires_grad() ? weight : at::Tensor(),
          activation == Activation::kNone ? at::Tensor() : output});
-    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation.kind);
+    if (row_of(activation).has_setting()) {
+      ctx->saved_data["setting"] = activation.setting;
+    }
     ctx->saved_data["has_bias"] = bias.has_value();
     return output;
   }
@@ -52,7 +55,10 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
     const GradientMask mask = {
         ctx->needs_input_grad(0), ctx->needs_input_grad(1),
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
-    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
+    Activation activation(static_cast<ActivationKind>(ctx->saved_data["activation"].toInt()));
+    if (row_of(activation).has_setting()) {
+      activation.setting = ctx->saved_data["setting"].toDouble();
+    }
     auto [input, weight, bias] =
         linear_act_backward(grads[0], optional(0), optional(1), optional(2), activation, mask);
     return {input, weight, bias, at::Tensor(), at::Tensor()};
@@ -136,8 +142,8 @@ at::Tensor record_linear_act(
       return activation_formula(linear_act(input, weight, bias, Activation::kNone), activation);
     }
     // Two steps, the first of which keeps what the second one's backward reads.
-    const auto program = Program::of(
-        (has_bias ? "linear+bias; " : "linear; ") + std::string(row_of(activation).name));
+    const auto program =
+        Program::of((has_bias ? "linear+bias; " : "linear; ") + *activation_name(activation));
     return has_bias ? sequential(input, {weight, *bias}, *program)
                     : sequential(input, weight, *program);
   }

@@ -120,8 +120,8 @@ Frozen::Frozen(std::string_view text, at::TensorList parameters)
       const cpu::LinearLayer<T> given(
           *linear, own[0], linear->has_bias ? cpu::data<T>(own[1]) : nullptr);
       cpu::Layer<T> layer = {
-          given, activation ? activation->activation : linear->activation, /*sums=*/nullptr,
-          /*output=*/nullptr};
+          given, activation ? activation->activation : linear->activation,
+          /*is_step=*/activation != nullptr, /*sums=*/nullptr, /*output=*/nullptr};
       auto& plans = made->plans.emplace_back();
       for (int64_t rows = 1; rows <= kPlannedRows; ++rows) {
         const auto plan = cpu::plan_for_any_setting<T>(

@@ -38,7 +38,7 @@ c10::SmallVector<LinearAndActivation, 8> linear_run_from(const Program& program,
     const ActivationStep* const activation = step.as_activation();
     if (!activation || run.empty() || run.back().activation ||
         run.back().linear->activation != Activation::kNone ||
-        !reads_input(activation->activation)) {
+        !step_reads_input(activation->activation)) {
       break;
     }
     run.back().activation = activation;
@@ -67,7 +67,8 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
       T* out = layer.output ? layer.output + first * layer.units
                             : between.get() + l % 2 * (count * widest);
       T* sums = layer.sums ? layer.sums + first * layer.units : out;
-      const Activation act = layer.sums ? Activation::kNone : layer.activation;
+      const bool apart = layer.sums || (layer.is_step && sizeof(T) == 2);
+      const Activation act = apart ? Activation(Activation::kNone) : layer.activation;
       if (count > 0 && count <= static_cast<int64_t>(layer.plans.size())) {
         gemm_planned<T>(
             layer.plans[count - 1], count, layer.units, layer.in_units, in, layer.weight,
@@ -76,7 +77,7 @@ void run_layers(int64_t rows, Matrix<T> x, c10::ArrayRef<Layer<T>> layers) {
         gemm<T>(
             count, layer.units, layer.in_units, in, layer.weight, layer.bias, act, sums, weights);
       }
-      if (layer.sums) {
+      if (apart) {
         activate(count * layer.units, sums, layer.activation, out);
       }
       in = {out, layer.units, 1};

@@ -21,14 +21,15 @@ struct LinearAndActivation {
 };
 
 // Those of which each reads only what the one before it makes. An activation whose derivative is a
-// function of its output stands in the linear step.
+// function of its output alone stands in the linear step.
 c10::SmallVector<LinearAndActivation, 8> linear_run_from(const Program& program, size_t first);
 
 template <class T>
 struct Layer : LinearLayer<T> {
   Activation activation;
-  T* sums;    // where X @ W + b is kept, if backward reads it
-  T* output;  // null: only the next layer reads it
+  bool is_step;  // the activation is one, and takes X @ W + b as it is kept: rounded
+  T* sums;       // where that is kept, if backward reads it
+  T* output;     // null: only the next layer reads it
   // If they were made beforehand: of 1, 2, ... rows; those of more ask for theirs.
   c10::ArrayRef<Plan> plans = {};
 };

@@ -59,7 +59,7 @@ void run_linear_steps(
       sizes.back() = in_units = layer.units;
       layers.push_back(
           {layer, step.activation ? step.activation->activation : linear.activation,
-           keeps_all && step.activation ? allocate(linear) : nullptr,
+           step.activation != nullptr, keeps_all && step.activation ? allocate(linear) : nullptr,
            keeps_all || &step == &steps.back() ? allocate(step.last()) : nullptr});
     }
     const Rows x(input);

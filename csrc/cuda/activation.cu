@@ -6,14 +6,14 @@ namespace mylayers::cuda {
 namespace {
 
 // Of z rounded to T, where that is what backward reads (csrc/activation.h).
-template <Activation kAct, class T, class C>
+template <ActivationKind kAct, class T, class C>
 __device__ __forceinline__ C activated_as_kept(C z) {
   return activated<kAct>(reads_input(kAct) ? static_cast<C>(static_cast<T>(z)) : z);
 }
 
 // y = act(z + bias). A thread keeps its columns' bias and walks down the rows. z may be y: each
 // element is read before it is written, by the same thread.
-template <class T, class Z, int N, Activation kAct>
+template <class T, class Z, int N, ActivationKind kAct>
 __global__ void __launch_bounds__(kTileThreads)
     bias_act_kernel(Tiles t, const Z* z, const T* bias, T* y) {
   using C = acc_t<T>;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTileThreads)
 // dz = dy * act'(y); per chunk of rows the column sums of dz, to db where there is one chunk and
 // to partial (chunks, columns) otherwise. A thread adds its rows from top to bottom, sum_rows adds
 // the block's threads, sum_chunks_kernel the chunks.
-template <class T, int N, Activation kAct>
+template <class T, int N, ActivationKind kAct>
 __global__ void __launch_bounds__(kTileThreads) mask_and_sum_kernel(
     Tiles t, const T* __restrict__ dy, int64_t dy_row, const T* __restrict__ y, T* __restrict__ dz,
     T* __restrict__ db, acc_t<T>* __restrict__ partial) {

@@ -1,10 +1,10 @@
-// The activations of csrc/activation.h, and their derivatives, on CUDA.
+// The activations of kernels.h, and their derivatives, on CUDA.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
-#include "../activation.h"
+#include "kernels.h"
 
 namespace mylayers::cuda {
 
@@ -13,7 +13,7 @@ __device__ __forceinline__ float normal_below(float z) { return normcdff(z); }
 __device__ __forceinline__ double normal_below(double z) { return normcdf(z); }
 
 // Every comparison is false for NaN, which so passes on.
-template <Activation kAct, class C>
+template <ActivationKind kAct, class C>
 __device__ __forceinline__ C activated(C z) {
   if constexpr (kAct == Activation::kRelu) {
     return z < 0 ? C(0) : z;  // keeps -0, as torch.relu does
@@ -35,7 +35,7 @@ __device__ __forceinline__ C activated(C z) {
 
 // act'(z) * g as a function of y = act(z), for the NaN and the zeros of y as PyTorch has it; of
 // activations whose derivative is a function of that (csrc/activation.h).
-template <Activation kAct, class C>
+template <ActivationKind kAct, class C>
 __device__ __forceinline__ C activation_gradient(C g, C y) {
   if constexpr (kAct == Activation::kRelu) {
     return y <= 0 ? C(0) : g;
@@ -51,19 +51,21 @@ __device__ __forceinline__ C activation_gradient(C g, C y) {
 }
 
 // f(Constant<act>{}).
-template <Activation kAct>
-using Constant = std::integral_constant<Activation, kAct>;
+template <ActivationKind kAct>
+using Constant = std::integral_constant<ActivationKind, kAct>;
 
 template <class F>
-void with_activation(Activation act, const F& f) {
+void with_activation(ActivationKind act, const F& f) {
   switch (act) {
     case Activation::kNone:
       return f(Constant<Activation::kNone>{});
-#define CASE(enumerator, ...)  \
+#define CASE(enumerator)       \
   case Activation::enumerator: \
     return f(Constant<Activation::enumerator>{});
-      MYLAYERS_ACTIVATIONS(CASE)
+      MYLAYERS_CUDA_ACTIVATIONS(CASE)
 #undef CASE
+    default:
+      return;  // has_kernel says so
   }
 }
 

@@ -17,6 +17,24 @@ namespace mylayers::cuda {
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Those that have kernels here, as they are without a setting; ATen computes the others.
+#define MYLAYERS_CUDA_ACTIVATIONS(X) X(kRelu) X(kTanh) X(kSigmoid) X(kElu) X(kGelu) X(kGeluTanh)
+
+inline bool has_kernel(Activation activation) {
+  if (activation.setting != Activation::default_setting(activation)) {
+    return false;
+  }
+  switch (activation.kind) {
+#define CASE(enumerator) case Activation::enumerator:
+    case Activation::kNone:
+      MYLAYERS_CUDA_ACTIVATIONS(CASE)
+#undef CASE
+      return true;
+    default:
+      return false;
+  }
+}
+
 // y (rows, cols) = act(z + bias), rounded once; bias may be null, and z be y itself.
 template <class T, class Z>
 void bias_act(

@@ -13,19 +13,25 @@ at::Tensor ActivationStep::forward(
 }
 
 ReadByBackward ActivationStep::read_by_backward(const GradientsOfStep&) const {
-  return {
-      .inputs = {reads_input(activation)}, .parameters = {}, .output = !reads_input(activation)};
+  const bool input = step_reads_input(activation);
+  return {.inputs = {input}, .parameters = {}, .output = !input};
 }
 
 Tensors ActivationStep::backward(const BackwardArguments& given) const {
-  return {given.functions.activation_backward(
-      given.grad_output, reads_input(activation) ? given.inputs[0] : given.output, activation)};
+  const auto& functions = given.functions;
+  const bool from_input = step_reads_input(activation);
+  const at::Tensor saved = !from_input ? given.output
+                           : reads_input(activation)
+                               ? given.inputs[0]
+                               : functions.activation(given.inputs[0], activation);
+  return {functions.activation_backward(given.grad_output, saved, activation)};
 }
 
 std::unique_ptr<Step> parse_activation(const StepText& text) {
-  const auto activation = activation_named(text.name);
-  return activation.has_value() && text.is_bare() ? std::make_unique<ActivationStep>(*activation)
-                                                  : nullptr;
+  const auto activation = activation_named(text.head);
+  return activation.has_value() && text.suffixes.empty()
+             ? std::make_unique<ActivationStep>(*activation)
+             : nullptr;
 }
 
 }  // namespace mylayers

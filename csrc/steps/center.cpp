@@ -26,8 +26,10 @@ struct CenterStep : Step {
 }  // namespace
 
 std::unique_ptr<Step> parse_center(const StepText& text) {
-  return text.name == "center" && text.suffixes.empty() ? std::make_unique<CenterStep>(text.numbers)
-                                                        : nullptr;
+  return text.name == "center" && text.suffixes.empty() &&
+                 text.has_arguments() == !text.numbers.empty()
+             ? std::make_unique<CenterStep>(text.numbers)
+             : nullptr;
 }
 
 }  // namespace mylayers

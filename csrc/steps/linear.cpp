@@ -49,7 +49,7 @@ Gradients linear_backward_formula(
 }
 
 std::unique_ptr<Step> parse_linear(const StepText& text) {
-  if ((text.name != "linear" && text.name != "linear_t") || text.has_numbers) {
+  if ((text.name != "linear" && text.name != "linear_t") || text.has_arguments()) {
     return nullptr;
   }
   auto step = std::make_unique<LinearStep>();

@@ -40,17 +40,16 @@ std::optional<StepText> parse_text(std::string_view text) {
   const auto parts = split(text, "+");
   StepText parsed;
   parsed.suffixes.append(parts.begin() + 1, parts.end());
-  parsed.name = parts[0].substr(0, parts[0].find('('));
-  parsed.has_numbers = parsed.name.size() < parts[0].size();
-  if (parsed.has_numbers) {
-    const auto inside = parts[0].substr(parsed.name.size() + 1);
-    auto numbers = inside.ends_with(')')
-                       ? parse_numbers<int64_t>(inside.substr(0, inside.size() - 1))
-                       : std::nullopt;
-    if (!numbers.has_value()) {
+  parsed.head = parts[0];
+  parsed.name = parsed.head.substr(0, parsed.head.find('('));
+  if (parsed.has_arguments()) {
+    if (!parsed.head.ends_with(')')) {
       return std::nullopt;
     }
-    parsed.numbers = std::move(*numbers);
+    const auto inside = parsed.head.substr(parsed.name.size() + 1);
+    if (auto numbers = parse_numbers<int64_t>(inside.substr(0, inside.size() - 1))) {
+      parsed.numbers = std::move(*numbers);
+    }
   }
   return parsed;
 }

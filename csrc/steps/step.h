@@ -110,14 +110,15 @@ struct ActivationStep : Step {
   Tensors backward(const BackwardArguments& given) const override;
 };
 
-// "name(1,2)+a+b" in its parts; `numbers` are those in the parentheses.
+// "name(1,2)+a+b" in its parts; `numbers` are those in the parentheses, if they are integers.
 struct StepText {
+  std::string_view head;  // "name(1,2)"
   std::string_view name;
   c10::SmallVector<int64_t, 2> numbers = {};
-  bool has_numbers = false;
   c10::SmallVector<std::string_view, 2> suffixes = {};
 
-  bool is_bare() const { return !has_numbers && suffixes.empty(); }
+  bool has_arguments() const { return head != name; }
+  bool is_bare() const { return !has_arguments() && suffixes.empty(); }
 };
 
 // One for each kind of step: the step; null where the text names none of its kind, or not as it

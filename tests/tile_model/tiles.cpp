@@ -125,7 +125,7 @@ const char* peek(int t, void* out) {
 const char* macrokernel(
     int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
     const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
-    const float* bias, Activation act, bfloat16_t* out, int64_t ld_out) {
+    const float* bias, ActivationKind act, bfloat16_t* out, int64_t ld_out) {
   return checked([&] {
     kAmx.macrokernel(
         m, cols, k, a, lda, last, b, panel_size, sums, ld_sums, accumulate, bias, act, out, ld_out);
@@ -134,7 +134,7 @@ const char* macrokernel(
 const char* macrokernel_f32(
     int64_t m, int64_t cols, int64_t k, const bfloat16_t* a, int64_t lda, const bfloat16_t* last,
     const bfloat16_t* b, int64_t panel_size, float* sums, int64_t ld_sums, bool accumulate,
-    const float* bias, Activation act, float* out, int64_t ld_out) {
+    const float* bias, ActivationKind act, float* out, int64_t ld_out) {
   return checked([&] {
     kAmx.macrokernel_f32(
         m, cols, k, a, lda, last, b, panel_size, sums, ld_sums, accumulate, bias, act, out, ld_out);
@@ -161,7 +161,7 @@ const char* pairs(
   return checked([&] { pack_vnni(rows, cols, in, in_row, in_col, out, panel_size); });
 }
 // x = act(x), by this level's functions.
-const char* activate_values(int64_t count, float* x, Activation act) {
+const char* activate_values(int64_t count, float* x, ActivationKind act) {
   return checked([&] { activate(1, count, x, count, act); });
 }
 

@@ -1,13 +1,18 @@
 // Activations, and their derivatives as functions of what csrc/activation.h says.
 
-// PyTorch's formula, rounding where it rounds. Where e^-v overflows the result is 0.
+// 1 + e^-v, rounding where PyTorch's formula rounds; infinite where e^-v overflows.
 template <class C>
-INLINE vec<C> sigmoid(vec<C> v) {
+INLINE vec<C> one_and_power(vec<C> v) {
   constexpr C kLargest = ExpConstants<C>::kLargest;
   vec<C> x = v > 40 ? vec<C>{} - 40 : -v;
   x = x > kLargest ? splat(kLargest) : x;
   const Exponential<C> e(x);
-  return 1 / multiply_add<C>(e.power * (1 + e.p), splat<C>(2), splat<C>(1));
+  return multiply_add<C>(e.power * (1 + e.p), splat<C>(2), splat<C>(1));
+}
+
+template <class C>
+INLINE vec<C> sigmoid(vec<C> v) {
+  return 1 / one_and_power<C>(v);
 }
 
 // gelu_tanh(v) = v (1 + tanh(u)) / 2 = v sigmoid(2u): 2u, and its derivative.
@@ -21,8 +26,39 @@ INLINE vec<C> gelu_argument_slope(vec<C> v) {
   return multiply_add<C>(v * v, splat<C>(3 * kGeluSlope * kGeluCubic), splat<C>(kGeluSlope));
 }
 
-template <Activation kActivation, class C>
-INLINE vec<C> activated(vec<C> v) {
+// elu(v, alpha), times scale.
+template <class C>
+INLINE vec<C> elu(vec<C> v, C alpha, C scale) {
+  return v < 0 ? expm1_of_negative<C>(v) * splat(alpha * scale) : v * splat(scale);
+}
+
+template <class C>
+INLINE vec<C> absolute(vec<C> v) {
+  return v < 0 ? -v : v;
+}
+
+// v + 3 between 0 and 6.
+template <class C>
+INLINE vec<C> clamped_sum(vec<C> v) {
+  const vec<C> sum = v + 3;
+  return sum < 0 ? vec<C>{} : sum > 6 ? splat<C>(6) : sum;
+}
+
+// mish(v) = v tanh(softplus(v)) = v numerator / denominator, from e^-|v|.
+template <class C>
+struct Mish {
+  vec<C> e, numerator, denominator;
+
+  INLINE explicit Mish(vec<C> v) : e(exp_of_negative<C>(-absolute<C>(v))) {
+    const vec<C> square = e * e, twice = e + e;
+    numerator = v < 0 ? square + twice : 1 + twice;
+    denominator = numerator + (v < 0 ? splat<C>(2) : square + square);
+  }
+};
+
+// x of the setting that its row says (csrc/activation.h).
+template <ActivationKind kActivation, class C>
+INLINE vec<C> activated(vec<C> v, C x) {
   if constexpr (kActivation == Activation::kRelu) {
     return v < 0 ? vec<C>{} : v;  // keeps -0, as torch.relu does
   } else if constexpr (kActivation == Activation::kTanh) {
@@ -33,12 +69,39 @@ INLINE vec<C> activated(vec<C> v) {
   } else if constexpr (kActivation == Activation::kSigmoid) {
     return sigmoid<C>(v);
   } else if constexpr (kActivation == Activation::kElu) {
-    return v < 0 ? expm1_of_negative<C>(v) : v;
+    return elu<C>(v, x, 1);
   } else if constexpr (kActivation == Activation::kGelu) {
     return v * Normal<C>(v).below;
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     // Of two NaNs, as below.
     return v != v ? v : v * sigmoid<C>(gelu_argument<C>(v));
+  } else if constexpr (kActivation == Activation::kSilu) {
+    return v / one_and_power<C>(v);
+  } else if constexpr (kActivation == Activation::kLeakyRelu) {
+    return v > 0 ? v : v * splat(x);
+  } else if constexpr (kActivation == Activation::kSelu) {
+    return elu<C>(v, kSeluAlpha, kSeluScale);
+  } else if constexpr (kActivation == Activation::kCelu) {
+    return v < 0 ? expm1_of_negative<C>(v * splat(1 / x)) * splat(x) : v;
+  } else if constexpr (kActivation == Activation::kSoftplus) {
+    const vec<C> rest = log1p_of_fraction<C>(exp_of_negative<C>(-absolute<C>(v)));
+    return v > 20 ? v : (v < 0 ? vec<C>{} : v) + rest;  // PyTorch's threshold
+  } else if constexpr (kActivation == Activation::kLogsigmoid) {
+    const vec<C> rest = log1p_of_fraction<C>(exp_of_negative<C>(-absolute<C>(v)));
+    return (v < 0 ? v : vec<C>{}) - rest;
+  } else if constexpr (kActivation == Activation::kMish) {
+    const Mish<C> mish(v);
+    return v != v ? v : v * (mish.numerator / mish.denominator);
+  } else if constexpr (kActivation == Activation::kHardtanh) {
+    return v < -1 ? splat<C>(-1) : v > 1 ? splat<C>(1) : v;
+  } else if constexpr (kActivation == Activation::kRelu6) {
+    return v < 0 ? vec<C>{} : v > 6 ? splat<C>(6) : v;
+  } else if constexpr (kActivation == Activation::kHardswish) {
+    return v * clamped_sum<C>(v) / 6;
+  } else if constexpr (kActivation == Activation::kHardsigmoid) {
+    return clamped_sum<C>(v) / 6;
+  } else if constexpr (kActivation == Activation::kSoftsign) {
+    return v / (absolute<C>(v) + 1);
   } else {
     return v;
   }
@@ -53,8 +116,8 @@ INLINE vec<C> times_derivative(vec<C> g, vec<C> y, vec<C> d) {
 }
 
 // act'(z) * g as a function of y, which is act(z) or z, for its NaN and zeros as PyTorch has it.
-template <Activation kActivation, class C>
-INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
+template <ActivationKind kActivation, class C>
+INLINE vec<C> activation_gradient(vec<C> g, vec<C> y, C x) {
   if constexpr (kActivation == Activation::kRelu) {
     return y <= 0 ? vec<C>{} : g;
   } else if constexpr (kActivation == Activation::kTanh) {
@@ -62,7 +125,7 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
   } else if constexpr (kActivation == Activation::kSigmoid) {
     return g * (1 - y) * y;
   } else if constexpr (kActivation == Activation::kElu) {
-    return y > 0 ? g : g * (y + 1);
+    return y > 0 ? g : g * (y + splat(x));
   } else if constexpr (kActivation == Activation::kGelu) {
     const Normal<C> normal(y);
     const vec<C> density = normal.power * splat<C>(0.3989422804014327);  // 1 / sqrt(2 pi)
@@ -71,17 +134,53 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y) {
     const vec<C> s = sigmoid<C>(gelu_argument<C>(y));
     return times_derivative<C>(
         g, y, multiply_add<C>(y * s * (1 - s), gelu_argument_slope<C>(y), s));
+  } else if constexpr (kActivation == Activation::kSilu) {
+    const vec<C> s = sigmoid<C>(y);
+    return times_derivative<C>(g, y, multiply_add<C>(y * s, 1 - s, s));
+  } else if constexpr (kActivation == Activation::kLeakyRelu) {
+    return y > 0 ? g : g * splat(x);
+  } else if constexpr (kActivation == Activation::kSelu) {
+    constexpr C kScale = kSeluScale, kLeast = kSeluScale * kSeluAlpha;
+    return y > 0 ? g * splat(kScale) : g * (y + splat(kLeast));
+  } else if constexpr (kActivation == Activation::kCelu) {
+    return y > 0 ? g : g * (splat(1 / x) * (y + splat(x)));
+  } else if constexpr (kActivation == Activation::kSoftplus) {
+    const vec<C> d = -expm1_of_negative<C>(-y);  // sigmoid(v) = 1 - e^-y
+    return times_derivative<C>(g, y, y > 20 ? splat<C>(1) : d);
+  } else if constexpr (kActivation == Activation::kLogsigmoid) {
+    return times_derivative<C>(g, y, -expm1_of_negative<C>(y));  // sigmoid(-v) = 1 - e^y
+  } else if constexpr (kActivation == Activation::kMish) {
+    // tanh(softplus(v)) + v sigmoid(v) (1 - tanh(softplus(v))^2)
+    const Mish<C> mish(y);
+    const vec<C> part = 4 * (1 + mish.e) * (y < 0 ? mish.e : mish.e * mish.e);
+    const vec<C> d = (mish.numerator + y * part / mish.denominator) / mish.denominator;
+    return times_derivative<C>(g, y, d);
+  } else if constexpr (kActivation == Activation::kHardtanh) {
+    return y <= -1 ? vec<C>{} : y >= 1 ? vec<C>{} : g;
+  } else if constexpr (kActivation == Activation::kRelu6) {
+    return y <= 0 ? vec<C>{} : y >= 6 ? vec<C>{} : g;
+  } else if constexpr (kActivation == Activation::kHardswish) {
+    const vec<C> inner = times_derivative<C>(g, y, y / 3 + splat<C>(0.5));
+    return y <= -3 ? vec<C>{} : y >= 3 ? g : inner;
+  } else if constexpr (kActivation == Activation::kHardsigmoid) {
+    return y > -3 ? (y < 3 ? g / 6 : vec<C>{}) : vec<C>{};
+  } else if constexpr (kActivation == Activation::kSoftsign) {
+    const vec<C> sum = absolute<C>(y) + 1;
+    return times_derivative<C>(g, y, 1 / (sum * sum));
   } else {
     return g;
   }
 }
 
-template <Activation kActivation>
+// Vectors a turn.
+constexpr int kTogether = 1;
+
+template <ActivationKind kActivation>
 struct Constant {};
 
 // f(Constant<act>{}).
 template <class F>
-INLINE void with_activation(Activation act, F f) {
+INLINE void with_activation(ActivationKind act, F f) {
   switch (act) {
     case Activation::kNone:
       return f(Constant<Activation::kNone>{});
@@ -95,19 +194,35 @@ INLINE void with_activation(Activation act, F f) {
 
 template <class C>
 INLINE vec<C> activate_in_registers(vec<C> v, Activation act) {
-  return act == Activation::kRelu ? activated<Activation::kRelu, C>(v) : v;
+  return act == Activation::kRelu ? activated<Activation::kRelu, C>(v, 0) : v;
 }
 
+// c (m, n) = act(c).
 template <class C>
 void activate(int64_t m, int64_t n, C* c, int64_t ldc, Activation act) {
   if (n == ldc) {  // whole vectors: a short row would wait for the one before
     n *= m;
     m = 1;
   }
-  with_activation(act, [&]<Activation kAct>(Constant<kAct>) {
+  const C setting = act.setting;
+  with_activation(act, [&]<ActivationKind kAct>(Constant<kAct>) {
     for (int64_t i = 0; i < m; ++i) {
       C* row = c + i * ldc;
-      for_vectors<C>(n, BODY { store_n(row + j, activated<kAct, C>(load_n(row + j, n)), n); });
+      for_vectors<C, kTogether>(
+          n, BODY { store_n(row + j, activated<kAct, C>(load_n(row + j, n), setting), n); });
     }
+  });
+}
+
+// g (n) = g act', as a function of y.
+template <class C>
+void differentiate(int64_t n, C* g, const C* y, Activation act) {
+  const C setting = act.setting;
+  with_activation(act, [&]<ActivationKind kAct>(Constant<kAct>) {
+    for_vectors<C, kTogether>(
+        n, BODY {
+          const vec<C> by = load_n(y + j, n);
+          store_n(g + j, activation_gradient<kAct, C>(load_n(g + j, n), by, setting), n);
+        });
   });
 }

@@ -60,3 +60,27 @@ INLINE vec<C> expm1_of_negative(vec<C> x) {
   const vec<C> power = e.power + e.power;
   return multiply_add<C>(power, e.p, power - 1);
 }
+
+// e^x for x <= 0. Far below 0 it is e^(x + d) e^-d, as 2^n would be no normal number.
+template <class C>
+INLINE vec<C> exp_of_negative(vec<C> x) {
+  constexpr C kDistance = sizeof(C) == 4 ? 40 : 400;
+  constexpr C kPower = sizeof(C) == 4 ? 0x1.397924p-58 : 0x1.e50c483c04dcdp-578;
+  const vec<C> near = x < -kDistance ? x + kDistance : x;
+  const Exponential<C> e(near < 2 * -kDistance ? splat(2 * -kDistance) : near);
+  const vec<C> power = e.power + e.power, value = multiply_add<C>(power, e.p, power);
+  return x < -kDistance ? value * splat(kPower) : value;
+}
+
+// log(1 + e) for 0 <= e <= 1: 2 atanh(e / (2 + e)), by its series.
+template <class C>
+INLINE vec<C> log1p_of_fraction(vec<C> e) {
+  constexpr int kTerms = sizeof(C) == 4 ? 8 : 17;
+  const vec<C> s = e / (2 + e), square = s * s;
+  vec<C> sum = splat<C>(C(1) / (2 * kTerms - 1));
+  UNROLL
+  for (int i = kTerms - 2; i > 0; --i) {
+    sum = multiply_add<C>(sum, square, splat<C>(C(1) / (2 * i + 1)));
+  }
+  return multiply_add<C>((s + s) * square, sum, s + s);
+}
