@@ -27,14 +27,20 @@ void epilogue(
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t first = 0; first < cols; first += kPiece) {
       const int64_t size = first + kPiece < cols ? kPiece : cols - first;
+      T* const row = out + i * ld_out + first;
+      C* values = piece;
+      if constexpr (std::is_same_v<T, C>) {
+        values = row;
+      }
       for_vectors<C>(
           size, BODY {
             const vec<C> v = sum(i, first + j, n);
-            store_n(piece + j, rounds ? rounded<T>(v) : v, n);
+            store_n(values + j, rounds ? rounded<T>(v) : v, n);
           });
-      activate(1, size, piece, size, act);
-      T* const row = out + i * ld_out + first;
-      for_vectors<C>(size, BODY { store_n(row + j, load_n(piece + j, n), n); });
+      activate(1, size, values, size, act);
+      if constexpr (!std::is_same_v<T, C>) {
+        for_vectors<C>(size, BODY { store_n(row + j, load_n(values + j, n), n); });
+      }
     }
   }
 }
