@@ -38,6 +38,8 @@ enum class ActivationKind : int { kNone, MYLAYERS_ACTIVATIONS(ENUMERATOR) };
 #undef ENUMERATOR
 
 inline constexpr double kNoSetting = 0;
+// Beyond them a derivative that is taken of an output of 16 bits would have no digits.
+inline constexpr double kLeastSetting = 1e-4, kLargestSetting = 100;
 
 // One of them, as "elu" or "elu(0.5)" names it.
 struct Activation {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cmath>
 
 #include "center.h"
 #include "dispatch/questions.h"
@@ -89,11 +88,12 @@ std::optional<Activation> activation_named(std::string_view name) {
     if (open == std::string_view::npos) {
       return kind;
     }
-    // "0.5)"; all settings are positive numbers.
+    // "0.5)"
     const std::string_view rest = name.substr(open + 1);
     double setting = 0;
     const auto [end, error] = std::from_chars(rest.begin(), rest.end(), setting);
-    const bool is_number = error == std::errc() && setting > 0 && std::isfinite(setting);
+    const bool is_number =
+        error == std::errc() && setting >= kLeastSetting && setting <= kLargestSetting;
     return row_of(kind).has_setting() && is_number && std::string_view(end, rest.end()) == ")"
                ? std::optional(Activation(kind, setting))
                : std::nullopt;
@@ -107,7 +107,7 @@ std::string activation_names() {
     names.append(i == 1 ? "" : ", ").append(kActivations[i].name);
     names.append(kActivations[i].has_setting() ? "[(x)]" : "");
   }
-  return names + " with x > 0";
+  return names + " with x from 0.0001 to 100";
 }
 
 Activation parse_activation(ActivationName name) {

@@ -7,7 +7,6 @@ of it stays, the lines come to the same layers. What cannot be followed ends the
 
 import ast
 import builtins
-import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from mylayers import _watched, sequential, stock
 from mylayers._extension import _C
 from mylayers._source import Source
-from mylayers.activations import ACTIVATIONS, name_of
+from mylayers.activations import ACTIVATIONS, LARGEST, LEAST, name_of
 from mylayers.sequential import FusedSequential, Layer, Unfused
 from mylayers.stock import HOOKS, Must, Stock
 
@@ -110,8 +109,9 @@ def _activation(name: str, arguments: _Arguments) -> Layer:
         if name not in (kind, known.module.__name__.lower()):
             continue
         setting = arguments.pop(known.setting, known.default)
-        if type(setting) not in (int, float) or (known.setting and not 0 < setting < math.inf):
-            raise FollowError(f"its {known.setting} is no positive number")
+        allowed = type(setting) in (int, float) and LEAST <= setting <= LARGEST
+        if known.setting and not allowed:
+            raise FollowError(f"its {known.setting} is no number from 0.0001 to 100")
         if arguments.items() <= known.settings.items():
             return Layer(name_of(kind, setting), in_place=inplace)
     raise FollowError(f"{name} with {arguments}")

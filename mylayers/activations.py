@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
-__all__ = ["ACTIVATIONS", "NAMES", "Activation", "find", "name_of", "row_of"]
+__all__ = ["ACTIVATIONS", "LARGEST", "LEAST", "NAMES", "Activation", "find", "name_of", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Activation:
         onnx: the activation of ``x`` by the operators of an opset.
         onnx_float64: the same, where runtimes lack that operator for float64.
         settings: the attributes that a module of that class must have to be this activation.
-        setting: the attribute that may be any positive number; an argument of the formulas.
+        setting: the attribute that may be any number from LEAST to LARGEST; an argument of the
+            formulas.
         default: what it is where a name says nothing of it.
         calls: functions that the module looks up, each with where it does.
         reads_input: whether its derivative is a function of its input alone.
@@ -251,29 +252,32 @@ ACTIVATIONS = {
 
 # As messages list them.
 NAMES = ", ".join(name + ("[(x)]" if one.setting else "") for name, one in ACTIVATIONS.items())
-NAMES += " with x > 0"
+NAMES += " with x from 0.0001 to 100"
+
+# As csrc/activation.h has them.
+LEAST, LARGEST = 1e-4, 100.0
 
 
 # ---- names --------------------------------------------------------------------------------------
 
 
 def name_of(kind: str, setting: float) -> str:
-    """The name of an activation with this setting, a positive number."""
+    """The name of an activation with this setting, a number from LEAST to LARGEST."""
     if setting == ACTIVATIONS[kind].default:
         return kind
-    return f"{kind}({float(setting)!r})".replace("e+", "e")  # "+" begins another part of a program
+    return f"{kind}({float(setting)!r})"
 
 
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def _setting_of(name: str) -> float:
-    """The number in parentheses behind a name; 0 if it is not positive or none."""
+    """The number in parentheses behind a name; 0 if there is none, or it may not be one."""
     text = name.partition("(")[2]
     if not text.endswith(")") or not _NUMBER.fullmatch(text[:-1]):
         return 0.0
     setting = float(text[:-1])
-    return setting if setting < math.inf else 0.0
+    return setting if LEAST <= setting <= LARGEST else 0.0
 
 
 # A constant to Dynamo, which follows no regular expression.

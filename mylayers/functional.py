@@ -42,7 +42,7 @@ def linear_act(
             ``"leaky_relu"``, ``"selu"``, ``"celu"``, ``"softplus"``, ``"logsigmoid"``,
             ``"mish"``, ``"hardtanh"``, ``"relu6"``, ``"hardswish"``, ``"hardsigmoid"``,
             ``"softsign"``. ``"elu(0.5)"`` and ``"celu(0.5)"`` say alpha, ``"leaky_relu(0.2)"`` the
-            slope below zero: a positive number.
+            slope below zero, from 0.0001 to 100.
 
     Returns:
         ``(..., units)``, contiguous. Sums are formed in float32 for the 16-bit dtypes and in

@@ -30,6 +30,9 @@ def linear_act(
         output = output + bias
     if activation is None:
         return output
+    if not isinstance(activation, str):
+        kind = type(activation).__name__
+        raise TypeError(f"linear_act: activation must be a str or None; got {kind}")
     known = activations.find(activation)
     if known is None:
         raise ValueError(

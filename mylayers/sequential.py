@@ -5,7 +5,6 @@ children with the last plans in C++ (csrc/python/plans.h), which reads the param
 call; where none fits any more, a new one is made.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mylayers import _watched, stock
 from mylayers._extension import _C
-from mylayers.activations import ACTIVATIONS, name_of, row_of
+from mylayers.activations import ACTIVATIONS, LARGEST, LEAST, name_of, row_of
 from mylayers.layers import STOCK_MY_LINEAR, CenteredLayer, MyLinear
 from mylayers.stock import DICTIONARIES, HOOKS, TENSORS, Difference, Must, Stock
 
@@ -141,8 +140,10 @@ def _activation(module: type[nn.Module]) -> Callable[[_State], Layer | Unfused]:
         given = {setting: own.get(setting) for setting in settings}
         if free:
             value: Any = own.get(free)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                return Unfused(f"its {free} is {value!r}, not a positive number", attributes)
+            if type(value) not in (int, float) or not LEAST <= value <= LARGEST:
+                # Dynamo cannot write a number that it traces.
+                got = "" if _is_compiling() else f"{value!r}, "
+                return Unfused(f"its {free} is {got}no number from 0.0001 to 100", attributes)
         if type(inplace) is not bool:
             return Unfused("its inplace is no bool", attributes)
         for setting, value in given.items():

@@ -584,7 +584,7 @@ CASES = [
         "a + silu + b + softplus + c + logsigmoid + a + mish + b + hardtanh + c + relu6 + a "
         "+ hardswish + b + softsign + c + selu",
     ),
-    Case(SettingBelowZero, "", why="its alpha is no positive number"),
+    Case(SettingBelowZero, "", why="its alpha is no number from 0.0001 to 100"),
     Case(OtherCorners, "", why="hardtanh with"),
     Case(InPlace, "a + relu + b"),
     Case(InPlaceOnInput, ""),

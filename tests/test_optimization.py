@@ -236,7 +236,7 @@ MODELS: dict[str, Model] = {
     ),
     "other alpha": Model(
         lambda: nn.Sequential(linear(), nn.ELU(-2.0)),
-        [("", "Linear", ""), ("1", "ELU", "its alpha is -2.0, not a positive number")],
+        [("", "Linear", ""), ("1", "ELU", "its alpha is -2.0, no number from 0.0001 to 100")],
     ),
     "ours": Model(
         lambda: nn.Sequential(

@@ -172,9 +172,6 @@ INLINE vec<C> activation_gradient(vec<C> g, vec<C> y, C x) {
   }
 }
 
-// Vectors a turn.
-constexpr int kTogether = 1;
-
 template <ActivationKind kActivation>
 struct Constant {};
 
@@ -208,21 +205,32 @@ void activate(int64_t m, int64_t n, C* c, int64_t ldc, Activation act) {
   with_activation(act, [&]<ActivationKind kAct>(Constant<kAct>) {
     for (int64_t i = 0; i < m; ++i) {
       C* row = c + i * ldc;
-      for_vectors<C, kTogether>(
+      for_vectors<C>(
           n, BODY { store_n(row + j, activated<kAct, C>(load_n(row + j, n), setting), n); });
     }
   });
 }
 
-// g (n) = g act', as a function of y.
+// out (n) = act(in): for much memory, whose loads go on while others are computed with. One vector
+// a turn, as the compiler does not know that what it stores is not what it loads next.
 template <class C>
-void differentiate(int64_t n, C* g, const C* y, Activation act) {
+void activate_into(int64_t n, const C* in, Activation act, C* out) {
   const C setting = act.setting;
   with_activation(act, [&]<ActivationKind kAct>(Constant<kAct>) {
-    for_vectors<C, kTogether>(
+    for_vectors<C, 1>(
+        n, BODY { store_n(out + j, activated<kAct, C>(load_n(in + j, n), setting), n); });
+  });
+}
+
+// out (n) = g act', as a function of y; out may be g.
+template <class C>
+void differentiate(int64_t n, const C* g, const C* y, Activation act, C* out) {
+  const C setting = act.setting;
+  with_activation(act, [&]<ActivationKind kAct>(Constant<kAct>) {
+    for_vectors<C>(
         n, BODY {
           const vec<C> by = load_n(y + j, n);
-          store_n(g + j, activation_gradient<kAct, C>(load_n(g + j, n), by, setting), n);
+          store_n(out + j, activation_gradient<kAct, C>(load_n(g + j, n), by, setting), n);
         });
   });
 }

@@ -22,6 +22,14 @@ void epilogue(
     }
     return;
   }
+  if constexpr (std::is_same_v<T, C>) {
+    if (!bias) {
+      for (int64_t i = 0; i < rows; ++i) {
+        activate_into(cols, in + i * in_row, act, out + i * ld_out);
+      }
+      return;
+    }
+  }
   const bool rounds = reads_input(act);
   alignas(64) C piece[kPiece];
   for (int64_t i = 0; i < rows; ++i) {
@@ -73,18 +81,30 @@ void act_backward(
     }
     return;
   }
-  alignas(64) C g[kPiece], read[kPiece];
+  alignas(64) C made[kPiece];
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t first = 0; first < cols; first += kPiece) {
       const int64_t size = first + kPiece < cols ? kPiece : cols - first;
-      for_vectors<C>(
-          size, BODY {
-            store_n(g + j, load_n(dy + i * ld_dy + first + j, n), n);
-            store_n(read + j, load_n(y + i * cols + first + j, n), n);
-          });
-      differentiate(size, g, read, act);
-      // Rounded, as the bias's gradient sums what the weight's gradient reads.
-      for_vectors<C>(size, BODY { keep(i, first + j, rounded<T>(load_n(g + j, n)), n); });
+      const T *const g = dy + i * ld_dy + first, *const by = y + i * cols + first;
+      if constexpr (std::is_same_v<T, C>) {
+        C* const out = dz ? dz + i * cols + first : made;
+        differentiate(size, g, by, act, out);
+        if (db) {
+          for_vectors<C>(
+              size,
+              BODY { store_n(db + first + j, load_n(db + first + j, n) + load_n(out + j, n), n); });
+        }
+      } else {
+        alignas(64) C read[kPiece];
+        for_vectors<C>(
+            size, BODY {
+              store_n(made + j, load_n(g + j, n), n);
+              store_n(read + j, load_n(by + j, n), n);
+            });
+        differentiate(size, made, read, act, made);
+        // Rounded, as the bias's gradient sums what the weight's gradient reads.
+        for_vectors<C>(size, BODY { keep(i, first + j, rounded<T>(load_n(made + j, n)), n); });
+      }
     }
   }
 }

@@ -64,10 +64,10 @@ INLINE vec<C> expm1_of_negative(vec<C> x) {
 // e^x for x <= 0. Far below 0 it is e^(x + d) e^-d, as 2^n would be no normal number.
 template <class C>
 INLINE vec<C> exp_of_negative(vec<C> x) {
-  constexpr C kDistance = sizeof(C) == 4 ? 40 : 400;
+  constexpr C kDistance = sizeof(C) == 4 ? 40 : 400, kLeast = sizeof(C) == 4 ? -80 : -700;
   constexpr C kPower = sizeof(C) == 4 ? 0x1.397924p-58 : 0x1.e50c483c04dcdp-578;
   const vec<C> near = x < -kDistance ? x + kDistance : x;
-  const Exponential<C> e(near < 2 * -kDistance ? splat(2 * -kDistance) : near);
+  const Exponential<C> e(near < kLeast ? splat(kLeast) : near);
   const vec<C> power = e.power + e.power, value = multiply_add<C>(power, e.p, power);
   return x < -kDistance ? value * splat(kPower) : value;
 }
