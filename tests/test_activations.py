@@ -321,7 +321,16 @@ def test_a_setting_without_a_kernel_stays_by_itself(activation, reason):
 @pytest.mark.parametrize(
     "name",
     [
-        *("elu()", "elu(0)", "elu(-1)", "elu(inf)", "elu(nan)", "elu(1e400)", "elu(101)"),
+        *(
+            "elu()",
+            "elu(0)",
+            "elu(-1)",
+            "elu(inf)",
+            "elu(nan)",
+            "elu(1e400)",
+            "elu(101)",
+            "elu(0.00009)",
+        ),
         *("elu(1", "elu(1))", "elu(1_0)", "elu( 1)", "elu(0x1)", "leaky_relu(0.1,0.2)"),
         *("relu(1)", "(1)"),
     ],

@@ -65,7 +65,7 @@ void with_activation(ActivationKind act, const F& f) {
       MYLAYERS_CUDA_ACTIVATIONS(CASE)
 #undef CASE
     default:
-      return;  // has_kernel says so
+      return;  // has_activation says so
   }
 }
 

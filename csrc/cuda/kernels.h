@@ -20,7 +20,7 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // Those that have kernels here, as they are without a setting; ATen computes the others.
 #define MYLAYERS_CUDA_ACTIVATIONS(X) X(kRelu) X(kTanh) X(kSigmoid) X(kElu) X(kGelu) X(kGeluTanh)
 
-inline bool has_kernel(Activation activation) {
+inline bool has_activation(Activation activation) {
   if (activation.setting != Activation::default_setting(activation)) {
     return false;
   }

@@ -48,7 +48,7 @@ at::Tensor linear_act(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
     Activation activation) {
   check_linear_act(input, weight, bias);
-  if (!has_kernel(input) || !has_kernel(activation)) {
+  if (!has_kernel(input) || !has_activation(activation)) {
     return linear_act_formula(input, weight, bias, activation);
   }
   const c10::cuda::CUDAGuard guard(input.device());
@@ -99,7 +99,7 @@ Gradients linear_act_backward(
     const at::Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& output, Activation activation, GradientMask mask) {
   check_linear_act_backward(grad_output, input, weight, output, activation, mask);
-  if (!has_kernel(grad_output) || !has_kernel(activation)) {
+  if (!has_kernel(grad_output) || !has_activation(activation)) {
     return linear_act_backward_formula(grad_output, input, weight, output, activation, mask);
   }
   const c10::cuda::CUDAGuard guard(grad_output.device());
