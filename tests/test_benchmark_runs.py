@@ -186,8 +186,10 @@ def test_a_run_with_a_wrong_candidate_fails_and_writes_nothing_of_that_case(
 
 # What tiny_suites does, in a process of its own, which waits in the fourth case to be killed.
 WAITING_RUN = """
-import dataclasses, itertools, sys, time
+import dataclasses, itertools, signal, sys, time
 from benchmarks import __main__ as main, cases, limits, measure
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 def unavailable(threads):
     raise limits.UnavailableError("none are asked for")
