@@ -302,8 +302,8 @@ def numbers_of_every_exponent(dtype: torch.dtype) -> Tensor:
 def most_units(activation: str, dtype: torch.dtype) -> int:
     """How many units in the last place an activation may lie from PyTorch's."""
     if dtype == torch.float32 and build_info()["kernels"] == "generic":
-        # Without fused multiply-adds e^-x is sometimes one unit further from PyTorch's, and sigmoid's
-        # formula doubles that: 4 in 5.7 million values lie 4 units off, 31 lie 3.
+        # Without fused multiply-adds e^-x is sometimes one unit further from PyTorch's, and the
+        # formula of sigmoid doubles that: 4 in 5.7 million values lie 4 units off, 31 lie 3.
         without = {"sigmoid": 4, "silu": 4, "mish": 5, "logsigmoid": 3}
         if activation in without:
             return without[activation]
