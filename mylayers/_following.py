@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 from mylayers import _watched, sequential, stock
 from mylayers._extension import _C
 from mylayers._source import Source
-from mylayers.activations import ACTIVATIONS, LARGEST, LEAST, name_of
+from mylayers.activations import ACTIVATIONS, LARGEST, LEAST, RANGE, name_of
 from mylayers.sequential import FusedSequential, Layer, Unfused
 from mylayers.stock import HOOKS, Must, Stock
 
@@ -111,7 +111,7 @@ def _activation(name: str, arguments: _Arguments) -> Layer:
         setting = arguments.pop(known.setting, known.default)
         allowed = type(setting) in (int, float) and LEAST <= setting <= LARGEST
         if known.setting and not allowed:
-            raise FollowError(f"its {known.setting} is no number from 0.0001 to 100")
+            raise FollowError(f"its {known.setting} is no number {RANGE}")
         if arguments.items() <= known.settings.items():
             return Layer(name_of(kind, setting), in_place=inplace)
     raise FollowError(f"{name} with {arguments}")

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
 
-__all__ = ["ACTIVATIONS", "LARGEST", "LEAST", "NAMES", "Activation", "find", "name_of", "row_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "LARGEST",
+    "LEAST",
+    "NAMES",
+    "RANGE",
+    "Activation",
+    "find",
+    "name_of",
+    "row_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class Activation:
     calls: tuple[tuple[Any, str], ...] = ()
     reads_input: bool = False
     saves_output: bool = False
+
+
+# Of nn.SELU.
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
 # ---- ONNX ---------------------------------------------------------------------------------------
@@ -80,9 +94,6 @@ def _celu_onnx(op: Any, x: Any, alpha: float = 1.0) -> Any:
 
 def _selu_float64(op: Any, x: Any) -> Any:
     return op.Mul(_constant(op, _SELU_SCALE, x), _elu_float64(op, x, _SELU_ALPHA))
-
-
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
 def _half_of_product(op: Any, x: Any, y: Any) -> Any:
@@ -250,12 +261,13 @@ ACTIVATIONS = {
     ),
 }
 
-# As messages list them.
-NAMES = ", ".join(name + ("[(x)]" if one.setting else "") for name, one in ACTIVATIONS.items())
-NAMES += " with x from 0.0001 to 100"
-
 # As csrc/activation.h has them.
 LEAST, LARGEST = 1e-4, 100.0
+RANGE = f"from {LEAST:g} to {LARGEST:g}"
+
+# As messages list them.
+NAMES = ", ".join(name + ("[(x)]" if one.setting else "") for name, one in ACTIVATIONS.items())
+NAMES += f" with x {RANGE}"
 
 
 # ---- names --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mylayers import _watched, stock
 from mylayers._extension import _C
-from mylayers.activations import ACTIVATIONS, LARGEST, LEAST, name_of, row_of
+from mylayers.activations import ACTIVATIONS, LARGEST, LEAST, RANGE, name_of, row_of
 from mylayers.layers import STOCK_MY_LINEAR, CenteredLayer, MyLinear
 from mylayers.stock import DICTIONARIES, HOOKS, TENSORS, Difference, Must, Stock
 
@@ -143,7 +143,7 @@ def _activation(module: type[nn.Module]) -> Callable[[_State], Layer | Unfused]:
             if type(value) not in (int, float) or not LEAST <= value <= LARGEST:
                 # Dynamo cannot write a number that it traces.
                 got = "" if _is_compiling() else f"{value!r}, "
-                return Unfused(f"its {free} is {got}no number from 0.0001 to 100", attributes)
+                return Unfused(f"its {free} is {got}no number {RANGE}", attributes)
         if type(inplace) is not bool:
             return Unfused("its inplace is no bool", attributes)
         for setting, value in given.items():

@@ -132,7 +132,7 @@ at::Tensor activation_backward_formula(
     case Activation::kHardswish:
       return at::hardswish_backward(grad_output, saved);
     case Activation::kHardsigmoid:
-      // ATen's has none either, and a factor of float32.
+      // ATen's hardsigmoid_backward has no derivative either, and a factor of float32.
       return at::where((saved > -3).logical_and(saved < 3), grad_output / 6, 0);
     case Activation::kSoftsign: {
       const auto denominator = saved.abs() + 1;

@@ -56,7 +56,7 @@ struct Mish {
   }
 };
 
-// x of the setting that its row says (csrc/activation.h).
+// x: the setting that its row speaks of (csrc/activation.h).
 template <ActivationKind kActivation, class C>
 INLINE vec<C> activated(vec<C> v, C x) {
   if constexpr (kActivation == Activation::kRelu) {
