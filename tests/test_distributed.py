@@ -384,6 +384,7 @@ def test_centering_recomputed_by_activation_checkpointing() -> None:
 @pytest.mark.road("centering over processes")
 @in_processes(2)
 def test_a_peer_that_never_comes_ends_in_the_groups_timeout() -> None:
+    dist.barrier()  # connecting has the same second
     impatient = dist.new_group([0, 1], timeout=timedelta(seconds=1))
     layer = CenteredLayer(process_group=impatient)
     if dist.get_rank() == 0:
@@ -439,6 +440,7 @@ def test_a_layer_with_a_process_group_copies_pickles_and_keeps_its_state() -> No
     assert copies[0][1].process_group is dist.group.WORLD
     # A group that is gone, and another that has its name.
     layer = CenteredLayer(process_group=dist.new_group([0, 1]))
+    dist.barrier()  # new_group may return while the other process still connects to this one
     dist.destroy_process_group(layer.process_group)
     for lost in (layer, _renamed(copies[0][1], (0, 1, 2))):
         with pytest.raises(RuntimeError, match=r"of ranks \[0, 1.*\] does not exist in this"):
