@@ -32,6 +32,8 @@ if not any(
         )
     __path__[:] = _spec.submodule_search_locations
 
+# Before what imports torch.
+from mylayers import _main_interpreter  # noqa: F401  # isort: skip
 from mylayers import _flops, functional, onnx, reference
 from mylayers._extension import build_info, cmake_prefix_path
 from mylayers.frozen import Frozen, freeze
