@@ -17,7 +17,7 @@ from types import (
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (PyTorch's own spelling)
-from torch.nn.modules import activation, dropout, linear, loss
+from torch.nn.modules import activation, dropout, linear, loss, normalization
 from torch.optim import adagrad, adam, optimizer, rmsprop, sgd
 
 from mylayers import functional, layers
@@ -75,6 +75,7 @@ _CALLED: dict[type[nn.Module], tuple[_Function, ...]] = {
         for known in ACTIVATIONS.values()
     },
     CenteredLayer: _functions((functional, "center"), (layers, "functional")),
+    nn.LayerNorm: _functions((F, "layer_norm"), (torch, "layer_norm"), (normalization, "F")),
     nn.Flatten: _functions((torch.Tensor, "flatten")),
     nn.Dropout: _functions((F, "dropout"), (dropout, "F")),
 }

@@ -620,7 +620,7 @@ def _keep(
             "forward" not in vars(module) and rewriting.is_whole(region.place),
             region.program,
             tuple(node.for_extension() for node in region.nodes),
-            tuple(e.node for e in region.elements if e.layer.is_linear),
+            tuple(e.node for e in region.elements if e.layer.has_parameters),
         )
         for region in regions
         if region.place in numbers

@@ -244,12 +244,11 @@ def _words(program: str, parameters: Sequence[Tensor]) -> str:
     words: list[str] = []
     left = iter(parameters)
     for step in _programs.parse(program):
+        own = [next(left) for _ in range(step.parameters)]
         if not step.is_linear:
             words.append(f"{step.name}{step.numbers}" if step.numbers else step.name)
             continue
-        weight = next(left)
-        if step.has_bias:
-            next(left)
+        weight = own[0]
         units = weight.shape[step.units_dim]
         in_units = weight.shape[1 - step.units_dim]
         words.append(f"{in_units} -> {units}" + (f" {step.activation}" if step.activation else ""))

@@ -86,6 +86,19 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         mean = rounded(op.ReduceMean(wide, axes, keepdims=1), dtype)
         return rounded(op.Sub(wide, widened(mean, dtype)), dtype)
 
+    def normalised(x: Any, dtype: Any, step: _programs.Step, weight: Any, bias: Any) -> Any:
+        axes = op.Constant(value_ints=[d - len(step.numbers) for d in range(len(step.numbers))])
+        y, wide = widened(x, dtype), ir.DataType.FLOAT if dtype in sixteen_bits else dtype
+        epsilon = op.Constant(value=ir.tensor(step.epsilon, dtype=wide))
+        centered = op.Sub(y, op.ReduceMean(y, axes, keepdims=1))
+        variance = op.ReduceMean(op.Mul(centered, centered), axes, keepdims=1)
+        y = op.Div(centered, op.Sqrt(op.Add(variance, epsilon)))
+        if weight is not None:
+            y = op.Mul(y, widened(weight, dtype))
+        if bias is not None:
+            y = op.Add(y, widened(bias, dtype))
+        return rounded(y, dtype)
+
     def flattened(x: Any, first: int, last: int) -> Any:
         # As many values as before even where there are none, which -1 would leave open.
         end = {} if last == -1 else {"end": last + 1}
@@ -107,14 +120,16 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         values, dtype, given = [input], input.dtype, iter(parameters)
         for step in _programs.parse(program):
             x = values[step.inputs[0]]
+            weight = next(given) if step.has_weight else None
+            bias = next(given) if step.has_bias else None
             if step.is_linear:
-                weight = next(given)
-                bias = next(given) if step.has_bias else None
                 if step.name == "linear_t":
                     weight = op.Transpose(weight, perm=[1, 0])
                 x = affine(x, dtype, weight, bias, step.activation)
             elif step.name == "center":
                 x = centered(x, dtype, step.numbers if len(input.shape) else None)
+            elif step.name == "layer_norm":
+                x = normalised(x, dtype, step, weight, bias)
             elif step.name == "flatten":
                 x = flattened(x, *step.numbers)
             elif step.name == "add":

@@ -451,11 +451,11 @@ def optimize(model: nn.Module, optimizer: Optimizer | None = None) -> Report:
     Example:
         >>> from torch import nn
         >>> import mylayers
-        >>> policy = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 2))
+        >>> policy = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.GroupNorm(2, 8), nn.Linear(8, 2))
         >>> print(mylayers.optimize(policy))
         module       layers         fused
         (the model)  Linear + Tanh  yes
-        2            LayerNorm      no: LayerNorm has no fused kernel
+        2            GroupNorm      no: GroupNorm has no fused kernel
         (the model)  Linear         yes
     """
     _check("optimize", model, optimizer)

@@ -5,6 +5,7 @@ children with the last plans in C++ (csrc/python/plans.h), which reads the param
 call; where none fits any more, a new one is made.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -57,6 +58,10 @@ class Layer:
         return self.step in _AFFINE_STEPS
 
     @property
+    def has_parameters(self) -> bool:
+        return self.is_linear or "+weight" in self.step
+
+    @property
     def computes(self) -> bool:
         return bool(self.step) and not self.step.startswith("flatten")
 
@@ -85,18 +90,30 @@ _COMPUTED = "its weight or bias is computed, not a parameter"
 # Each rule is given the state of a module that is one of its class's, and nothing else of it.
 
 
-def _linear(own: _State, step: str, *attributes: str) -> Layer | Unfused:
-    parameters = own["_parameters"]
+# A module's weight and bias, as they are named here.
+_WITH_PARAMETERS = (nn.Linear, MyLinear, nn.LayerNorm)
+
+
+def _parameters_objection(parameters: object) -> str:
     if type(parameters) is not dict:
-        return Unfused(f"its parameters are in a {type(parameters).__name__}")
-    if "weight" not in parameters or "bias" not in parameters or parameters["weight"] is None:
-        return Unfused(_COMPUTED)
+        return f"its parameters are in a {type(parameters).__name__}"
+    if "weight" not in parameters or "bias" not in parameters:
+        return _COMPUTED
     for name in ("weight", "bias"):
         value = parameters[name]
         if value is None:
             continue
         if not isinstance(value, Tensor) or is_foreign(value):
-            return Unfused(f"its {name} is of {type(value).__name__}, which computes itself")
+            return f"its {name} is of {type(value).__name__}, which computes itself"
+    return ""
+
+
+def _linear(own: _State, step: str, *attributes: str) -> Layer | Unfused:
+    parameters = own["_parameters"]
+    if objection := _parameters_objection(parameters):
+        return Unfused(objection)
+    if parameters["weight"] is None:
+        return Unfused(_COMPUTED)
     name, *activation = step.split("+")
     if not _takes(parameters["weight"], parameters["bias"], 0 if name == "linear_t" else 1):
         return Unfused("its weight is no matrix, or its bias is broadcast")
@@ -173,6 +190,24 @@ def _centered(own: _State) -> Layer | Unfused:
     return Layer(step, ("dim", "_group"))
 
 
+def _layer_norm(own: _State) -> Layer | Unfused:
+    sizes, epsilon = own.get("normalized_shape"), own.get("eps")
+    attributes = ("normalized_shape", "eps")
+    if type(sizes) is not tuple or not sizes or not all(map(stock.is_index, sizes)):
+        return Unfused("its normalized_shape is no tuple of ints", attributes)
+    if type(epsilon) not in (int, float) or not math.isfinite(epsilon):  # type: ignore[arg-type]
+        return Unfused("its eps is no finite number", attributes)
+    parameters = own["_parameters"]
+    if objection := _parameters_objection(parameters):
+        return Unfused(objection)
+    step = f"layer_norm({','.join(map(str, sizes))},{float(epsilon)!r})"  # type: ignore[arg-type]
+    if parameters["weight"] is None:
+        none = parameters["bias"] is None
+        return Layer(step, attributes) if none else Unfused("it has a bias and no weight")
+    bias = "" if parameters["bias"] is None else "+bias"
+    return Layer(f"{step}+weight{bias}", attributes)
+
+
 def _flatten(own: _State) -> Layer | Unfused:
     first, last = own.get("start_dim"), own.get("end_dim")
     if not stock.is_index(first) or not stock.is_index(last):
@@ -194,12 +229,14 @@ _RULES: dict[type[nn.Module], Callable[[_State], Layer | Unfused]] = {
     MyLinear: _my_linear,
     **{one.module: _activation(one.module) for one in ACTIVATIONS.values()},
     CenteredLayer: _centered,
+    nn.LayerNorm: _layer_norm,
     nn.Identity: lambda _: Layer(""),
     nn.Flatten: _flatten,
     nn.Dropout: _dropout,
 }
 _STOCKS = {
-    **{cls: Stock(cls()) for cls in _RULES if cls not in (nn.Linear, MyLinear)},
+    **{cls: Stock(cls()) for cls in _RULES if cls not in _WITH_PARAMETERS},
+    nn.LayerNorm: Stock(nn.LayerNorm(1, device="cpu")),
     nn.Linear: stock.stock_linear(nn.Linear),
     MyLinear: STOCK_MY_LINEAR,
 }
@@ -316,7 +353,7 @@ def kind_of(child: nn.Module, look: _Look, layer: Layer | Unfused) -> stock.Kind
         return cls, 0, None
     if look.objection is not None:
         return cls, look.version, None
-    tensors = "_parameters" if issubclass(cls, nn.Linear | MyLinear) else ""
+    tensors = "_parameters" if issubclass(cls, _WITH_PARAMETERS) else ""
     return cls, look.version, stock.entries(look.own, layer.attributes, tensors)
 
 
@@ -415,8 +452,8 @@ def plan(children: Iterable[nn.Module], *, evaluates: bool = False) -> list[Chai
 
 def parameters_of(children: Iterable[nn.Module]) -> list[Tensor]:
     """What a program reads, of the children that it is for."""
-    linear = (child for child in children if isinstance(child, nn.Linear | MyLinear))
-    both = ((child._parameters["weight"], child._parameters["bias"]) for child in linear)
+    have = (child for child in children if isinstance(child, _WITH_PARAMETERS))
+    both = ((child._parameters["weight"], child._parameters["bias"]) for child in have)
     return [p for parameters in both for p in parameters if p is not None]
 
 
@@ -537,11 +574,10 @@ class FusedSequential(nn.Sequential):
     It takes what ``nn.Sequential`` takes and is one in all but speed: children, names, indices,
     ``state_dict``. Runs of :class:`mylayers.MyLinear`, ``nn.Linear``, PyTorch's modules of the
     activations that :func:`mylayers.functional.linear_act` takes,
-    :class:`mylayers.CenteredLayer`, ``nn.Identity``, ``nn.Flatten`` and, in eval mode,
-    ``nn.Dropout`` are fused, forward and backward, without copying or keeping anything of them:
-    parameters are read on every call. A
-    child of another type, with hooks, with a parametrised weight, or of a subclass with its own
-    ``forward`` runs by itself.
+    :class:`mylayers.CenteredLayer`, ``nn.LayerNorm``, ``nn.Identity``, ``nn.Flatten`` and, in eval
+    mode, ``nn.Dropout`` are fused, forward and backward, without copying or keeping anything of
+    them: parameters are read on every call. A child of another type, with hooks, with a
+    parametrised weight, or of a subclass with its own ``forward`` runs by itself.
 
     Args:
         *args: the children, or one ordered dictionary of them.

@@ -51,6 +51,8 @@ PROGRAMS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "linear+bias+tanh; flatten(1,2); linear_t": ((2, 3), (4, 3)),
     "sigmoid; elu; linear+bias; tanh; relu; linear_t+tanh": ((5,), (6, 3)),
     "center; linear_t+bias; center(1); sigmoid": ((5,), (3,)),
+    "linear_t+bias; layer_norm(7,1e-05)+weight+bias; relu; linear": ((5,), (7, 3)),
+    "layer_norm(2,3,0.001)+weight; flatten(1,-1); linear; layer_norm(4,0.5); tanh": ((2, 3), (4,)),
     "tanh": ((5,), ()),
     "flatten(0,1); center(0)": ((5,), ()),
 }
@@ -61,6 +63,7 @@ VARIED = (
     "linear+bias+sigmoid; center; linear_t+bias+elu",
     "linear+bias+relu; flatten(1,2); tanh; linear_t+bias; center(0)",
     "sigmoid; elu; linear+bias; tanh; relu; linear_t+tanh",
+    "linear_t+bias; layer_norm(7,1e-05)+weight+bias; relu; linear",
 )
 varied_programs = pytest.mark.parametrize("program", VARIED)
 
@@ -88,6 +91,9 @@ def draw_parameters(
             if "bias" in options:
                 parameters.append(draw(out))
             sizes = (*sizes[:-1], out)
+        if name == "layer_norm":
+            own = tuple(map(int, options[0].split(",")[:-1]))
+            parameters += [draw(*own) for _ in options[1:]]
     return parameters
 
 
@@ -96,7 +102,7 @@ def split(step: str) -> tuple[str, list[str]]:
     if activations.row_of(step) is not None:
         return step, []
     if not step.startswith("linear"):
-        step = step.replace("(", "+").rstrip(")")
+        step = step.replace("(", "+").replace(")", "")
     name, *options = step.split("+")
     return name, options
 
@@ -119,6 +125,8 @@ def outputs_one_by_one(x: Tensor, parameters: Sequence[Tensor], program: str) ->
             first, last = map(int, options[0].split(","))
             x = x.flatten(first, last)
             continue
+        elif name == "layer_norm":
+            x = ops.sequential(x, [next(left) for _ in options[1:]], step)
         else:
             x = ops.sequential(x, [], name)
         outputs.append(x)
@@ -267,7 +275,7 @@ def split_net() -> FusedSequential:
     """Two chains around a layer that runs by itself."""
     torch.manual_seed(0)
     return FusedSequential(
-        nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Dropout(0.5), nn.Linear(6, 3), nn.ReLU()
+        nn.Linear(4, 6), nn.Tanh(), nn.GroupNorm(1, 6), nn.Dropout(0.5), nn.Linear(6, 3), nn.ReLU()
     ).eval()
 
 

@@ -25,6 +25,7 @@ import hypothesis
 import samples
 import test_center
 import test_linear_act
+import test_norms
 import torch
 from chains import outputs_one_by_one, split
 from hypothesis import strategies as st
@@ -142,7 +143,9 @@ def center_cases(draw: st.DrawFn) -> Case:
     }
 
 
-kind_of_step = st.sampled_from(["linear", "linear_t"] * 3 + ["activation", "center", "flatten"])
+kind_of_step = st.sampled_from(
+    ["linear", "linear_t"] * 3 + ["activation", "center", "layer_norm", "flatten"]
+)
 activation_step = st.sampled_from(ACTIVATIONS)
 activation_of_output = st.sampled_from((*OF_OUTPUT, *WITH_SETTINGS, None))
 
@@ -161,6 +164,13 @@ def programs(draw: st.DrawFn, shape: list[int]) -> tuple[str, list[list[int]]]:
             shape[-1] = units
         elif kind == "activation":
             steps.append(draw(activation_step))
+        elif kind == "layer_norm":
+            first = draw(st.integers(min(1, len(shape) - 1), len(shape) - 1))
+            own = shape[first:]
+            given = draw(st.integers(0, 2))
+            steps.append(f"layer_norm({','.join(map(str, own))},1e-05)")
+            steps[-1] += ("", "+weight", "+weight+bias")[given]
+            parameters += [own] * given
         elif kind == "center":
             over = draw(dims(len(shape), 2))
             steps.append(f"center({','.join(map(str, over))})" if over else "center")
@@ -216,7 +226,15 @@ LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
 OF_CLASSES = ("cross_entropy", "nll", "cross_entropy, smoothed")
 OF_PROBABILITIES = ("bce, logits", "kl_div", "kl_div, logs")
 loss_name = st.sampled_from(list(LOSSES))
-between = st.sampled_from(["ReLU", "Tanh", "Sigmoid", "ELU", "Identity", "CenteredLayer"])
+BETWEEN: dict[str, Callable[[int], nn.Module]] = {
+    "CenteredLayer": lambda _: mylayers.CenteredLayer(),
+    "LayerNorm": nn.LayerNorm,
+    **{
+        cls.__name__: lambda _, cls=cls: cls()
+        for cls in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Identity)
+    },
+}
+between = st.sampled_from(list(BETWEEN))
 
 
 @st.composite
@@ -253,8 +271,11 @@ some_dim = (
     | st.just([0.5])
 )
 some_step = st.sampled_from(
-    ["linear", "linear_t+bias", "tanh", "center", "center(0,-1)", "center(7)", "flatten(0,9)"]
-)
+    [
+        "linear", "linear_t+bias", "tanh", "center", "center(0,-1)", "center(7)", "flatten(0,9)",
+        "layer_norm(2,1e-05)", "layer_norm(3,2,0.1)+weight+bias",
+    ]
+)  # fmt: skip
 # Not st.text, which makes a table of all of Unicode first.
 some_program = st.lists(some_step, min_size=1, max_size=3).map("; ".join) | st.lists(
     st.sampled_from("linear_t+bias;()cfgu,-012 "), max_size=24
@@ -384,6 +405,9 @@ def check_steps(x: Tensor, parameters: list[Tensor], program: str, outputs: list
         elif name == "center":
             dims = [int(d) for d in options[0].split(",")] if options else None
             test_center.check_values(output, x, dims)
+        elif name == "layer_norm":
+            own = [next(left) for _ in options[1:]]
+            test_norms.check_values(output, x, [int(d) for d in options[0].split(",")[:-1]], own)
         else:
             exact = find(name).formula(x.double())
             # Either formula rounds what it takes an exponential of.
@@ -426,7 +450,7 @@ def check_sequential(case: Case) -> None:
 
 def check_frozen(case: Case, x: Tensor, parameters: list[Tensor], expected: Tensor) -> None:
     """The same program and values, frozen: new memory, given memory, NumPy's."""
-    if not parameters:
+    if "linear" not in case["program"]:
         return
     frozen = mylayers.frozen.of_program(case["program"], parameters)
     out = torch.full_like(expected, torch.nan)
@@ -447,9 +471,7 @@ def check_training(case: Case) -> None:
             children.append(mylayers.MyLinear(a, b, bias=case["bias"][place]))
         else:
             children.append(nn.Linear(a, b, bias=case["bias"][place]))
-        between = case["between"][place]
-        own = mylayers.CenteredLayer
-        children.append(own() if between == "CenteredLayer" else getattr(nn, between)())
+        children.append(BETWEEN[case["between"][place]](b))
     net = FusedSequential(*children).to(dtype)
     for place, frozen in enumerate(case["frozen"]):
         for p in net[2 * place].parameters():

@@ -52,7 +52,7 @@ class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
-        self.norm = nn.LayerNorm(4)
+        self.norm, self.groups = nn.LayerNorm(4), nn.GroupNorm(1, 4)
         self.drop = nn.Dropout(0.5)
         self.act = nn.Tanh()
         self.mine = MyLinear(4, 4, activation="tanh")
@@ -328,7 +328,7 @@ class InTheMiddle(Base):
             raise ValueError(x.shape)
         x = x * 2
         x = self.b(F.relu(self.a(x)))
-        x = self.norm(x)
+        x = self.groups(x)
         x = self.c(x)
         return torch.tanh(x)
 
@@ -336,6 +336,11 @@ class InTheMiddle(Base):
 class NormBetween(Base):
     def forward(self, x):
         return self.b(F.relu(self.norm(self.a(F.relu(self.c(x))))))
+
+
+class GroupsBetween(Base):
+    def forward(self, x):
+        return self.b(F.relu(self.groups(self.a(F.relu(self.c(x))))))
 
 
 class OnValues(Base):
@@ -599,7 +604,11 @@ CASES = [
     Case(LoopOfAllButOne, "layers.0 + relu + layers.1 + relu + layers.2"),
     Case(Enumerated, "layers.0 + relu + layers.1 + relu + layers.2"),
     Case(Indexed, "layers.0 + act + layers.1 + act + layers.2 + act"),
-    Case(Zipped, "a + relu + b"),
+    Case(
+        Zipped,
+        "layers.0 + norms.0 + relu + layers.1 + norms.1 + relu + layers.2 + norms.2 + relu + "
+        "a + relu + b",
+    ),
     Case(LoopWithBreak, "layers.0 + relu + layers.1 + relu"),
     Case(LoopWithReturn, "layers.0 + relu + layers.1 + relu"),
     Case(LoopOfUse, ""),
@@ -614,7 +623,8 @@ CASES = [
     Case(TwoHeads, "a + relu + b + tanh"),
     Case(ReturnsItsMiddle, "a + relu, b + tanh + c"),
     Case(InTheMiddle, "a + relu + b, c + tanh"),
-    Case(NormBetween, "c + relu + a"),
+    Case(NormBetween, "c + relu + a + norm + relu + b"),
+    Case(GroupsBetween, "c + relu + a"),
     Case(OnValues, "a + relu + b, b + tanh + c"),
     Case(Computed, "", why="it computes by mult"),
     Case(GivenByName, "", why="more than one tensor"),

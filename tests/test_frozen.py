@@ -437,8 +437,8 @@ def parametrized():
 REFUSED = {
     "no module": (lambda: print, "freeze: network must be an nn.Module; got builtin_function"),
     "a layer without a kernel": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(4)), nn.Linear(4, 2)),
-        r"freeze: 1\.0, a LayerNorm, cannot be frozen: LayerNorm has no fused kernel",
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.GroupNorm(1, 4)), nn.Linear(4, 2)),
+        r"freeze: 1\.0, a GroupNorm, cannot be frozen: GroupNorm has no fused kernel",
     ),
     "a module of one's own": (
         lambda: nn.Bilinear(2, 3, 4),

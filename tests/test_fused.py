@@ -132,7 +132,7 @@ FUSED: dict[str, tuple[Callable[[], list[nn.Module]], list[str]]] = {
     ),
     "elu below zero": (lambda: [linear(), nn.ELU(-2.0), linear()], ["linear_t+bias"] * 2),
     "another type": (
-        lambda: [linear(), nn.LayerNorm(4), nn.Tanh(), linear(), nn.Softshrink()],
+        lambda: [linear(), nn.GroupNorm(1, 4), nn.Tanh(), linear(), nn.Softshrink()],
         ["linear_t+bias", "tanh; linear_t+bias"],
     ),
     "own forward": (

@@ -174,13 +174,13 @@ class Chain(nn.Module):
     """A program of each kind of step; FusedSequential writes such."""
 
     PROGRAM = (
-        "linear+bias+tanh; center(0); linear_t; relu; flatten(1,-1); linear_t+bias+elu; sigmoid; "
-        "center"
+        "linear+bias+tanh; center(0); linear_t; relu; layer_norm(2,3,0.01)+weight+bias; "
+        "flatten(1,-1); linear_t+bias+elu; layer_norm(2,0.3); sigmoid; center"
     )
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        shapes = [(5, 4), (4,), (3, 4), (2, 6), (2,)]
+        shapes = [(5, 4), (4,), (3, 4), (2, 3), (2, 3), (2, 6), (2,)]
         self.parameters_ = nn.ParameterList(torch.randn(s).to(dtype) for s in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def test_every_step_of_sequential_in_any_batch_and_dtype() -> None:
         inputs = each_dtype(rows, 2, 5)
         expected = module(*inputs)
         for a, e in zip(run(session, inputs, expected), expected, strict=True):
-            # Each of six steps rounds to the dtype what is at most a few units large, and the
+            # Each of eight steps rounds to the dtype what is at most a few units large, and the
             # steps that follow do not enlarge it by more than their weights: 32 units in all.
             assert_matches(a, e, 32 * torch.finfo(e.dtype).eps)
 

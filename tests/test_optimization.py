@@ -30,7 +30,7 @@ class MLP(nn.Sequential):
         for units in hidden[:-1]:
             layers += [
                 nn.Linear(in_channels, units),
-                nn.LayerNorm(units),
+                nn.GroupNorm(1, units),
                 nn.ReLU(inplace=True),
                 nn.Dropout(dropout),
             ]
@@ -99,7 +99,7 @@ def tied() -> nn.Sequential:
 
 def shared() -> Net:
     block = two_layers()
-    return Net(nn.Sequential(block, nn.LayerNorm(4), block), block)
+    return Net(nn.Sequential(block, nn.GroupNorm(1, 4), block), block)
 
 
 def hooked(layer: nn.Module) -> nn.Module:
@@ -155,11 +155,11 @@ MODELS: dict[str, Model] = {
         lambda: MLP(4, [8, 6, 3], 0.2),
         [
             ("", "Linear", ""),
-            ("1", "LayerNorm", NO_KERNEL("LayerNorm")),
+            ("1", "GroupNorm", NO_KERNEL("GroupNorm")),
             ("2", "ReLU", "it works in place on what it is given"),
             ("3", "Dropout", IN_TRAINING),
             ("", "Linear", ""),
-            ("5", "LayerNorm", NO_KERNEL("LayerNorm")),
+            ("5", "GroupNorm", NO_KERNEL("GroupNorm")),
             ("6", "ReLU", "it works in place on what it is given"),
             ("7", "Dropout", IN_TRAINING),
             ("", "Linear", ""),
@@ -167,10 +167,10 @@ MODELS: dict[str, Model] = {
         ],
         [
             ("", "Linear", ""),
-            ("1", "LayerNorm", NO_KERNEL("LayerNorm")),
+            ("1", "GroupNorm", NO_KERNEL("GroupNorm")),
             ("2", "ReLU", "it works in place on what it is given"),
             ("", "Dropout + Linear", ""),
-            ("5", "LayerNorm", NO_KERNEL("LayerNorm")),
+            ("5", "GroupNorm", NO_KERNEL("GroupNorm")),
             ("6", "ReLU", "it works in place on what it is given"),
             ("", "Dropout + Linear + Dropout", ""),
         ],
@@ -246,7 +246,7 @@ MODELS: dict[str, Model] = {
     ),
     "ours outside": Model(lambda: Net(nn.Identity(), MyLinear(4, 4)), [("head", "MyLinear", HEAD)]),
     "one activation and layers without a kernel": Model(
-        lambda: nn.Sequential(nn.Tanh(), nn.LayerNorm(4), nn.Softmax(-1)), []
+        lambda: nn.Sequential(nn.Tanh(), nn.GroupNorm(1, 4), nn.Softmax(-1)), []
     ),
     "tied": Model(
         lambda: tied(),

@@ -120,6 +120,17 @@ def test_a_value_that_a_view_and_a_sum_read():
         "add+bias@0,0",
         "relu@0@0",
         "relu @0",
+        "layer_norm",
+        "layer_norm(2)",
+        "layer_norm(1e-05)",
+        "layer_norm(2.5,1e-05)",
+        "layer_norm(-2,1e-05)",
+        "layer_norm(2,nan)",
+        "layer_norm(2,inf)",
+        "layer_norm(2,1e-05)+bias",
+        "layer_norm(2,1e-05)+bias+weight",
+        "layer_norm(2,1e-05)+weight+bias+relu",
+        "layer_norm(2,1e-05",
     ],
 )
 def test_programs_that_name_no_earlier_values_are_refused(program):
@@ -170,7 +181,10 @@ def test_products_are_counted_once_each():
 
 def test_the_programs_parts():
     first, second, third = _programs.parse("linear_t+bias+relu; center(0,-1)@0; add@1,2")
-    assert first == ("linear_t", (), True, "relu", (0,))
+    assert first == ("linear_t", (), 0.0, True, True, "relu", (0,))
     assert (first.is_linear, first.units_dim, first.parameters) == (True, 0, 2)
-    assert second == ("center", (0, -1), False, None, (0,))
-    assert third == ("add", (), False, None, (1, 2))
+    assert second == ("center", (0, -1), 0.0, False, False, None, (0,))
+    assert third == ("add", (), 0.0, False, False, None, (1, 2))
+    (norm,) = _programs.parse("layer_norm(2,3,1e-05)+weight")
+    assert norm == ("layer_norm", (2, 3), 1e-5, True, False, None, (0,))
+    assert (norm.is_linear, norm.parameters) == (False, 1)

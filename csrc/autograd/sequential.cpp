@@ -137,7 +137,7 @@ std::vector<at::Tensor> sequential_backward_autograd(
 template <c10::DeviceType kDevice>
 at::Tensor sequential_autocast(
     const at::Tensor& input, at::TensorList parameters, const Program& program) {
-  if (!program.steps[0]->as_linear() || !program.is_line) {
+  if (!program.steps[0]->as_linear() || !program.is_line || !program.casts_as_one) {
     return sequential_formula(input, parameters, program);
   }
   const c10::impl::ExcludeDispatchKeyGuard once(

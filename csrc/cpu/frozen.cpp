@@ -41,18 +41,22 @@ at::Tensor packed(const at::Tensor& value, bool transposed) {
   return made.copy_(from);
 }
 
+void check_parameter(const char* name, const at::Tensor& t, at::ScalarType dtype) {
+  TORCH_CHECK(
+      t.device().is_cpu() && t.layout() == at::kStrided, "freeze: ", name,
+      " must be a dense tensor on cpu; got ", t.layout(), " on ", t.device());
+  check_memory("freeze", name, t);
+  TORCH_CHECK(
+      t.scalar_type() == dtype && has_kernel(t), "freeze: ", name,
+      " must be float32, float64, float16 or bfloat16 like all others; got ", t.scalar_type());
+}
+
 // A linear step's parameters; of them follows what `in_units` are after it.
 void check_step(
     const LinearStep& step, at::TensorList own, at::ScalarType dtype,
     std::optional<int64_t>& in_units) {
   const auto check = [&](const char* name, const at::Tensor& t, int64_t dims) {
-    TORCH_CHECK(
-        t.device().is_cpu() && t.layout() == at::kStrided, "freeze: ", name,
-        " must be a dense tensor on cpu; got ", t.layout(), " on ", t.device());
-    check_memory("freeze", name, t);
-    TORCH_CHECK(
-        t.scalar_type() == dtype && has_kernel(t), "freeze: ", name,
-        " must be float32, float64, float16 or bfloat16 like all others; got ", t.scalar_type());
+    check_parameter(name, t, dtype);
     TORCH_CHECK(t.dim() == dims, "freeze: ", name, " must be ", dims, "-D; got ", t.sizes());
   };
   check("weight", own[0], 2);
@@ -98,15 +102,18 @@ Frozen::Frozen(std::string_view text, at::TensorList parameters)
     }
     check_step(*step, given.parameters_of(*step, parameters), dtype, in_units);
   }
-  parameters_.resize(parameters.size());
   int64_t bytes = 0;
-  for (const LinearStep* step : given.linear_steps) {
-    const size_t first = step->first_parameter;
-    parameters_[first] = packed(parameters[first], step->transposed);
-    work_per_row_ += parameters_[first].numel();
-    bytes += static_cast<int64_t>(parameters_[first].nbytes());
-    if (step->has_bias) {
-      parameters_[first + 1] = parameters[first + 1].detach().clone(at::MemoryFormat::Contiguous);
+  for (const Step* step : given.steps_with_parameters) {
+    auto own = given.parameters_of(*step, parameters);
+    if (const LinearStep* const linear = step->as_linear()) {
+      parameters_.push_back(packed(own[0], linear->transposed));
+      work_per_row_ += own[0].numel();
+      bytes += static_cast<int64_t>(own[0].nbytes());
+      own = own.slice(1);
+    }
+    for (const at::Tensor& parameter : own) {
+      check_parameter("a parameter", parameter, dtype);
+      parameters_.push_back(parameter.detach().clone(at::MemoryFormat::Contiguous));
     }
   }
   if (!is_layers) {

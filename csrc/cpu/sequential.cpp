@@ -67,7 +67,8 @@ void run_linear_steps(
   });
 }
 
-constexpr StepFunctions kKernels = {activation, activation_backward, linear_act_gradients};
+constexpr StepFunctions kKernels = {
+    activation, activation_backward, linear_act_gradients, layer_norm, layer_norm_backward};
 
 // Sets the last step's value; with `keeps_all` those of all.
 void run_steps(const Program& program, at::TensorList parameters, bool keeps_all, Run& run) {

@@ -142,24 +142,26 @@ bool takes_parameters(const py::object& weight, const py::object& bias, int64_t 
 
 }  // namespace
 
-// The same of a child that a linear step of a program is for.
-bool fits_step(const LinearStep& step, const Found& found) {
-  return found.foreign || is_matrix_and_vector(
-                              THPVariable_Unpack(found.weight),
-                              found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
-                              step.transposed ? 0 : 1);
+// The same of a child that a step of a program with parameters is for. A norm refuses them itself.
+bool fits_step(const Step& step, const Found& found) {
+  const LinearStep* const linear = step.as_linear();
+  return linear == nullptr || found.foreign ||
+         is_matrix_and_vector(
+             THPVariable_Unpack(found.weight),
+             found.bias == nullptr ? nullptr : &THPVariable_Unpack(found.bias),
+             linear->transposed ? 0 : 1);
 }
 
 namespace {
 
 // The next children of a network, from a place in its _modules on. Into `children`, if given; into
-// `parameters`, if given, the tensors of those that are linear, which must then be of no class of
+// `parameters`, if given, the tensors of those that have any, which must then be of no class of
 // their own. Whether they are what the part was made for.
 bool next(
     const Part& part, PyObject* modules, Py_ssize_t& place, Held* parameters,
     std::vector<py::object>* children) {
   bool as_planned = true;
-  auto step = part.program.has_value() ? part.program->linear_steps.begin() : nullptr;
+  auto step = part.program.has_value() ? part.program->steps_with_parameters.begin() : nullptr;
   for (const plans::Kind& kind : part.children) {
     PyObject* module = nullptr;
     if (!PyDict_Next(modules, &place, nullptr, &module)) {

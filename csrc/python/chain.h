@@ -17,9 +17,8 @@ bool has_global_hooks();
 // Which functions that layers call are replaced; 0 if none is, another number for other ones.
 uint64_t replaced_functions();
 
-// Whether the parameters that were found of a layer are those that a linear step of a program is
-// for.
-bool fits_step(const LinearStep& step, const plans::Found& found);
+// Whether the parameters that were found of a layer are those that a step of a program is for.
+bool fits_step(const Step& step, const plans::Found& found);
 
 // The program's result of input and parameters.
 PyObject* run_program(const Program& program, Held& tensors);

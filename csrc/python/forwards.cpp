@@ -65,7 +65,7 @@ struct Region {
   bool is_whole;  // whether it is all that the forward does with its one argument
   Program program;
   std::vector<Node> nodes;
-  std::vector<size_t> linear;  // those with the parameters of its linear steps, in their order
+  std::vector<size_t> with_parameters;  // those that have its steps' parameters, in their order
 };
 
 // The regions of a module as it was in one state.
@@ -227,8 +227,8 @@ bool takes(const Region& region, PyObject* module, PyObject* input, Held& tensor
   }
   tensors.clear();
   tensors.take(input);
-  auto step = region.program.linear_steps.begin();
-  for (const size_t i : region.linear) {
+  auto step = region.program.steps_with_parameters.begin();
+  for (const size_t i : region.with_parameters) {
     const Found& layer = found[i];
     if (layer.foreign || layer.weight == nullptr || !fits_step(**step++, layer)) {
       return false;
@@ -389,7 +389,7 @@ Node node_of(const py::handle& given) {
 // A module as a call of it depends on it, as plans.h has it; whether that is a call of its forward;
 // the replaced_functions that the regions hold for; the forward, its code, what its names stand for
 // in its globals and among the builtins; the regions, each (site, whether it is the whole forward,
-// program, nodes, those of them that are its linear steps).
+// program, nodes, those of them that have its steps' parameters).
 void keep_regions(
     const py::object& module, const py::tuple& called, bool calls_forward, uint64_t replaced,
     const py::tuple& function, const py::tuple& regions) {
@@ -405,7 +405,7 @@ void keep_regions(
       region.nodes.push_back(node_of(node));
     }
     for (const py::handle node : given[4].cast<py::tuple>()) {
-      region.linear.push_back(node.cast<size_t>());
+      region.with_parameters.push_back(node.cast<size_t>());
     }
     made.all.push_back(std::move(region));
   }

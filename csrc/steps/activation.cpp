@@ -5,7 +5,8 @@
 namespace mylayers {
 
 const StepFunctions kFormulas = {
-    activation_formula, activation_backward_formula, linear_backward_formula};
+    activation_formula, activation_backward_formula, linear_backward_formula, layer_norm_formula,
+    layer_norm_backward_formula};
 
 at::Tensor ActivationStep::forward(
     at::TensorList inputs, at::TensorList, const StepFunctions& functions) const {

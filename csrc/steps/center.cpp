@@ -7,7 +7,7 @@ namespace mylayers {
 namespace {
 
 struct CenterStep : Step {
-  explicit CenterStep(const c10::SmallVector<int64_t, 2>& given) : dims(given) {}
+  explicit CenterStep(c10::SmallVector<int64_t, 2> given) : dims(std::move(given)) {}
 
   at::OptionalIntArrayRef dim() const {
     return dims.empty() ? at::OptionalIntArrayRef() : at::OptionalIntArrayRef(dims);
@@ -26,9 +26,9 @@ struct CenterStep : Step {
 }  // namespace
 
 std::unique_ptr<Step> parse_center(const StepText& text) {
-  return text.name == "center" && text.suffixes.empty() &&
-                 text.has_arguments() == !text.numbers.empty()
-             ? std::make_unique<CenterStep>(text.numbers)
+  auto dims = numbers_in<int64_t>(text.arguments);
+  return text.name == "center" && text.suffixes.empty() && dims.has_value()
+             ? std::make_unique<CenterStep>(std::move(*dims))
              : nullptr;
 }
 

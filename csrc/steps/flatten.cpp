@@ -28,8 +28,9 @@ struct FlattenStep : Step {
 }  // namespace
 
 std::unique_ptr<Step> parse_flatten(const StepText& text) {
-  return text.name == "flatten" && text.numbers.size() == 2 && text.suffixes.empty()
-             ? std::make_unique<FlattenStep>(text.numbers[0], text.numbers[1])
+  const auto dims = numbers_in<int64_t>(text.arguments);
+  return text.name == "flatten" && dims.has_value() && dims->size() == 2 && text.suffixes.empty()
+             ? std::make_unique<FlattenStep>((*dims)[0], (*dims)[1])
              : nullptr;
 }
 

@@ -2,15 +2,13 @@
 #include "program.h"
 
 #include <array>
-#include <charconv>
-#include <optional>
 
 namespace mylayers {
 namespace {
 
 // The parts between separators; one more than there are separators.
-c10::SmallVector<std::string_view, 8> split(std::string_view text, std::string_view separator) {
-  c10::SmallVector<std::string_view, 8> parts;
+Texts split(std::string_view text, std::string_view separator) {
+  Texts parts;
   for (;;) {
     const size_t at = text.find(separator);
     parts.push_back(text.substr(0, at));
@@ -19,21 +17,6 @@ c10::SmallVector<std::string_view, 8> split(std::string_view text, std::string_v
     }
     text = text.substr(at + separator.size());
   }
-}
-
-// "1,2"; nothing if one of them is no number.
-template <class Number>
-std::optional<c10::SmallVector<Number, 2>> parse_numbers(std::string_view text) {
-  c10::SmallVector<Number, 2> numbers;
-  for (const auto part : split(text, ",")) {
-    Number number = 0;
-    const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), number);
-    if (error != std::errc() || end != part.data() + part.size()) {
-      return std::nullopt;
-    }
-    numbers.push_back(number);
-  }
-  return numbers;
 }
 
 std::optional<StepText> parse_text(std::string_view text) {
@@ -47,9 +30,7 @@ std::optional<StepText> parse_text(std::string_view text) {
       return std::nullopt;
     }
     const auto inside = parsed.head.substr(parsed.name.size() + 1);
-    if (auto numbers = parse_numbers<int64_t>(inside.substr(0, inside.size() - 1))) {
-      parsed.numbers = std::move(*numbers);
-    }
+    parsed.arguments = split(inside.substr(0, inside.size() - 1), ",");
   }
   return parsed;
 }
@@ -69,7 +50,7 @@ std::unique_ptr<Step> parse_step(std::string_view text, size_t value) {
     step->value = value;
     step->inputs = {value - 1};
     if (at != std::string_view::npos) {
-      auto named = parse_numbers<size_t>(text.substr(at + 1));
+      auto named = numbers_in<size_t>(split(text.substr(at + 1), ","));
       if (!named.has_value()) {
         return nullptr;
       }
@@ -96,9 +77,12 @@ Program::Program(std::string_view given) : text(given), values{{.source = 0}} {
         "sequential: program must name steps linear, linear_t (each with +bias and an activation "
         "if it has them), ",
         activation_names(),
-        ", center, center(d,...), flatten(first,last) or add@i,j, separated by \"; \", and behind "
-        "\"@\" the values that a step reads if not the one before it: 0 is the input, i what the "
-        "i-th step makes; got \"",
+        ", center, center(d,...), layer_norm(d,...,epsilon) (with +weight or +weight+bias if it "
+        "has "
+        "them), flatten(first,last) or add@i,j, separated by \"; \", and behind \"@\" the values "
+        "that a step reads if not the one before it: 0 is the input, i what the i-th step makes; "
+        "got "
+        "\"",
         part, "\" in \"", text, "\"");
     step->first_parameter = parameters;
     step->output = outputs;
@@ -113,6 +97,10 @@ Program::Program(std::string_view given) : text(given), values{{.source = 0}} {
     if (const LinearStep* const linear = step->as_linear()) {
       linear_steps.push_back(linear);
     }
+    if (step->parameters() > 0) {
+      steps_with_parameters.push_back(step.get());
+    }
+    casts_as_one = casts_as_one && step->computes_in_autocast_dtype();
     steps.push_back(std::move(step));
   }
   TORCH_CHECK_VALUE(

@@ -7,12 +7,14 @@
 //   linear_t[+bias][+ACT]   the same with W (units, in_units), as nn.Linear keeps it
 //   ACT                     an activation alone (csrc/activation.h)
 //   center, center(d,...)   X - mean of X over dimensions d, or over all
+//   layer_norm(d,...,epsilon)[+weight[+bias]]
+//                           X normalised over its last dimensions, of sizes d, then * W + b
 //   flatten(first,last)     X with these dimensions as one; never the last step
 //   add@i,j                 the sum of values i and j
 //
 // Value 0 is the program's input, value i what its i-th step makes; the last is its result. A step
 // reads the value before it, or those that "@" names behind it: "linear_t+bias+relu@0".
-// `parameters` holds each linear step's weight and then, if it has one, its bias.
+// `parameters` holds each step's weight and then its bias, of those that it has.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -46,9 +48,11 @@ struct MYLAYERS_API Program {
   std::string text;
   std::vector<std::unique_ptr<const Step>> steps;
   c10::SmallVector<const LinearStep*, 8> linear_steps;  // those of them that are linear
-  std::vector<Value> values;                            // of the input and of every step
-  size_t outputs = 0, parameters = 0;                   // of steps that are no views, and in all
-  bool is_line = true;                                  // every step reads the value before it
+  c10::SmallVector<const Step*, 8> steps_with_parameters;
+  std::vector<Value> values;           // of the input and of every step
+  size_t outputs = 0, parameters = 0;  // of steps that are no views, and in all
+  bool is_line = true;                 // every step reads the value before it
+  bool casts_as_one = true;            // all compute in autocast's dtype
 };
 
 // The values of a program while it runs. The input and the parameters must outlive it.

@@ -7,9 +7,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <string_view>
 
+#include "../layer_norm.h"
 #include "../linear_act.h"
+#include "text.h"
 
 namespace mylayers {
 
@@ -32,6 +33,8 @@ struct StepFunctions {
   ActivationFunction* activation;
   ActivationBackwardFunction* activation_backward;
   LinearBackwardFunction* linear_backward;
+  LayerNormFunction* layer_norm;
+  LayerNormBackwardFunction* layer_norm_backward;
 };
 // Differentiable, for every device and dtype.
 extern const StepFunctions kFormulas;
@@ -61,6 +64,8 @@ class Step {
   virtual size_t parameters() const { return 0; }
   // Whether its result is a view of its input; it then is none of the program's outputs.
   virtual bool is_view() const { return false; }
+  // Whether autocast lets it compute in the dtype that a linear layer has there.
+  virtual bool computes_in_autocast_dtype() const { return true; }
   // Itself, if it is one: the compiled kernels run several of them at a time.
   virtual const LinearStep* as_linear() const { return nullptr; }
   virtual const ActivationStep* as_activation() const { return nullptr; }
@@ -110,22 +115,11 @@ struct ActivationStep : Step {
   Tensors backward(const BackwardArguments& given) const override;
 };
 
-// "name(1,2)+a+b" in its parts; `numbers` are those in the parentheses, if they are integers.
-struct StepText {
-  std::string_view head;  // "name(1,2)"
-  std::string_view name;
-  c10::SmallVector<int64_t, 2> numbers = {};
-  c10::SmallVector<std::string_view, 2> suffixes = {};
-
-  bool has_arguments() const { return head != name; }
-  bool is_bare() const { return !has_arguments() && suffixes.empty(); }
-};
-
 // One for each kind of step: the step; null where the text names none of its kind, or not as it
 // must be.
 using StepParser = std::unique_ptr<Step>(const StepText& text);
-StepParser parse_linear, parse_activation, parse_center, parse_flatten, parse_add;
-inline constexpr StepParser* kStepParsers[] = {
-    parse_linear, parse_activation, parse_center, parse_flatten, parse_add};
+StepParser parse_linear, parse_activation, parse_center, parse_layer_norm, parse_flatten, parse_add;
+inline constexpr StepParser* kStepParsers[] = {parse_linear,     parse_activation, parse_center,
+                                               parse_layer_norm, parse_flatten,    parse_add};
 
 }  // namespace mylayers

@@ -84,6 +84,7 @@ constexpr AmxKernels kAmx = {};
 
 #include "epilogue-inl.h"
 #include "mean-inl.h"
+#include "layer_norm-inl.h"
 #include "optimizers-inl.h"
 #include "table-inl.h"
 // clang-format on

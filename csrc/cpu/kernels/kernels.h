@@ -138,6 +138,16 @@ struct StorageKernels {
   void (*center_columns)(
       int64_t slices, int64_t rows, int64_t cols, const T* x, int64_t ldx, T* out,
       bool non_temporal);
+  // out (rows, cols) = (x - mean) / sqrt(variance + epsilon) * weight + bias, each row by itself;
+  // no bias without a weight, and either may be null.
+  void (*layer_norm)(
+      int64_t rows, int64_t cols, const T* x, const T* weight, const T* bias, double epsilon,
+      T* out);
+  // dx of that; dw and db += the weight's and the bias's gradients, rows in rising order. Any of
+  // the three may be null.
+  void (*layer_norm_backward)(
+      int64_t rows, int64_t cols, const T* dy, const T* x, const T* weight, double epsilon, T* dx,
+      C* dw, C* db);
 };
 
 // What the processor's 16-bit matrix units need beside it.

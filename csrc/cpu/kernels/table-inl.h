@@ -13,7 +13,9 @@ constexpr StorageKernels<T> kStorage = {
     center_runs<T>,
     column_sums<T>,
     subtract_columns<T>,
-    center_columns<T>};
+    center_columns<T>,
+    layer_norm<T>,
+    layer_norm_backward<T>};
 
 template <class T>
 constexpr UpdateKernels<T> kUpdates = {sgd<T>,     adam_moments<T>, adam<T>,   rmsprop_moments<T>,
