@@ -69,6 +69,7 @@ using BackwardKernel = std::vector<at::Tensor>(
 // kernel(input, parameters, program), for a forward function above.
 template <auto kernel>
 auto forward_kernel(const at::Tensor& input, at::TensorList parameters, std::string_view program) {
+  check_memory("sequential", "input", input);
   for (const at::Tensor& parameter : parameters) {
     check_memory("sequential", "parameters", parameter);
   }

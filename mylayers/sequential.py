@@ -190,11 +190,15 @@ def _centered(own: _State) -> Layer | Unfused:
     return Layer(step, ("dim", "_group"))
 
 
+def _is_size(value: object) -> bool:
+    return stock.is_index(value) and value >= 0
+
+
 def _layer_norm(own: _State) -> Layer | Unfused:
     sizes, epsilon = own.get("normalized_shape"), own.get("eps")
     attributes = ("normalized_shape", "eps")
-    if type(sizes) is not tuple or not sizes or not all(map(stock.is_index, sizes)):
-        return Unfused("its normalized_shape is no tuple of ints", attributes)
+    if type(sizes) is not tuple or not sizes or not all(map(_is_size, sizes)):
+        return Unfused("its normalized_shape is no tuple of sizes", attributes)
     if type(epsilon) not in (int, float) or not math.isfinite(epsilon):  # type: ignore[arg-type]
         return Unfused("its eps is no finite number", attributes)
     parameters = own["_parameters"]

@@ -1042,6 +1042,19 @@ FREED: dict[str, Any] = {
         lambda t: torch.ops.mylayers.sequential(t, [torch.rand(64, 8)], "linear+relu"),
         (2, 64),
     ),
+    **{
+        f"sequential, input of {step}": (
+            lambda t, step=step: torch.ops.mylayers.sequential(t, [], step),
+            (2, 64),
+        )
+        for step in ("tanh", "gelu", "center", "layer_norm(64,1e-05)", "flatten(0,1); tanh")
+    },
+    "sequential, weight of a norm": (
+        lambda t: torch.ops.mylayers.sequential(
+            torch.rand(2, 64), [t], "layer_norm(64,1e-05)+weight"
+        ),
+        (64,),
+    ),
     "linear_act_backward, grad_output": (
         lambda t: torch.ops.mylayers.linear_act_backward(
             t, torch.rand(2, 64), torch.rand(64, 8), None, None, [True, True, True]

@@ -311,8 +311,15 @@ def test_an_edited_norm_is_computed_as_it_is(edit):
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda n: setattr(n, "normalized_shape", [6]), "its normalized_shape is no tuple of ints"),
-        (lambda n: setattr(n, "normalized_shape", ()), "its normalized_shape is no tuple of ints"),
+        (
+            lambda n: setattr(n, "normalized_shape", [6]),
+            "its normalized_shape is no tuple of sizes",
+        ),
+        (lambda n: setattr(n, "normalized_shape", ()), "its normalized_shape is no tuple of sizes"),
+        (
+            lambda n: setattr(n, "normalized_shape", (-6,)),
+            "its normalized_shape is no tuple of sizes",
+        ),
         (lambda n: setattr(n, "eps", "1e-05"), "its eps is no finite number"),
         (lambda n: setattr(n, "eps", float("nan")), "its eps is no finite number"),
         (lambda n: setattr(n, "weight", None), "it has a bias and no weight"),

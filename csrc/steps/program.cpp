@@ -77,12 +77,9 @@ Program::Program(std::string_view given) : text(given), values{{.source = 0}} {
         "sequential: program must name steps linear, linear_t (each with +bias and an activation "
         "if it has them), ",
         activation_names(),
-        ", center, center(d,...), layer_norm(d,...,epsilon) (with +weight or +weight+bias if it "
-        "has "
-        "them), flatten(first,last) or add@i,j, separated by \"; \", and behind \"@\" the values "
-        "that a step reads if not the one before it: 0 is the input, i what the i-th step makes; "
-        "got "
-        "\"",
+        ", center, center(d,...), layer_norm(d,...,epsilon) (with +weight or +weight+bias), "
+        "flatten(first,last) or add@i,j, separated by \"; \", and behind \"@\" the values that a "
+        "step reads if not the one before it: 0 is the input, i what the i-th step makes; got \"",
         part, "\" in \"", text, "\"");
     step->first_parameter = parameters;
     step->output = outputs;
