@@ -16,7 +16,6 @@ from mylayers import CenteredLayer, FusedSequential, MyLinear, activations, func
 ops = torch.ops.mylayers
 # Of each file of their tests.
 MARKS = [
-    pytest.mark.usefixtures("seed"),
     # torch scripts its own helpers when its compilers or forward mode are first used, and warns.
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning"),
     # Dynamo and opcheck read .grad of the tensors they are given.

@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_the_rest(items)
 
 
-@pytest.fixture
-def seed() -> None:
-    """Draws the same numbers whatever ran before."""
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Every test draws the same numbers whatever ran before."""
     torch.manual_seed(0)
 
 
