@@ -195,16 +195,17 @@ def _is_size(value: object) -> bool:
 
 
 def _layer_norm(own: _State) -> Layer | Unfused:
-    sizes, epsilon = own.get("normalized_shape"), own.get("eps")
+    sizes = own.get("normalized_shape")
+    epsilon: Any = own.get("eps")
     attributes = ("normalized_shape", "eps")
     if type(sizes) is not tuple or not sizes or not all(map(_is_size, sizes)):
         return Unfused("its normalized_shape is no tuple of sizes", attributes)
-    if type(epsilon) not in (int, float) or not math.isfinite(epsilon):  # type: ignore[arg-type]
+    if type(epsilon) not in (int, float) or not math.isfinite(epsilon):
         return Unfused("its eps is no finite number", attributes)
     parameters = own["_parameters"]
     if objection := _parameters_objection(parameters):
         return Unfused(objection)
-    step = f"layer_norm({','.join(map(str, sizes))},{float(epsilon)!r})"  # type: ignore[arg-type]
+    step = f"layer_norm({','.join(map(str, sizes))},{float(epsilon)!r})"
     if parameters["weight"] is None:
         none = parameters["bias"] is None
         return Layer(step, attributes) if none else Unfused("it has a bias and no weight")

@@ -64,7 +64,10 @@ def in_single_operations(x: Tensor, *given: Tensor) -> Tensor:
 @pytest.mark.parametrize("units", [1, 2, 5, 16, 64, 257])
 def test_values_are_exact_to_units_of_the_dtype_wherever_the_mean_is(dtype, mean, units):
     x, given = drawn(dtype, 50, units, mean=mean), [drawn(dtype, units) for _ in range(2)]
-    check_values(ops.sequential(x, given, program((units,), 2)), x, (units,), given)
+    text = program((units,), 2)
+    check_values(ops.sequential(x, given, text), x, (units,), given)
+    mapped = torch.vmap(lambda row: ops.sequential(row, given, text))(x)  # by the formula
+    check_values(mapped, x, (units,), given)
 
 
 @every_dtype

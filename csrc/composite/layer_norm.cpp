@@ -79,16 +79,26 @@ struct Normalised {
 
 Normalised normalised(const at::Tensor& x, const LayerNorm& norm) {
   const Dims dims = normalised_dims(x, norm);
-  const at::Tensor centered = x - x.mean(dims, /*keepdim=*/true);
+  const auto centered_of = [&](const at::Tensor& t) { return t - t.mean(dims, /*keepdim=*/true); };
+  // Twice: a mean far from zero is rounded to few digits of what is left.
+  const at::Tensor centered = centered_of(centered_of(x));
   const at::Tensor inverse =
       ((centered * centered).mean(dims, /*keepdim=*/true) + norm.epsilon).rsqrt();
   return {centered * inverse, inverse};
 }
 
-// Of the weight or the bias, from what each row has of it.
-at::Tensor over_rows(const at::Tensor& of_rows, const LayerNorm& norm, at::ScalarType dtype) {
-  const auto rows = dims_between(0, of_rows.dim() - static_cast<int64_t>(norm.sizes.size()));
-  return (rows.empty() ? of_rows : of_rows.sum(rows)).to(dtype);
+// With those of weight and bias that are asked for, as plain sums over rows: ATen's own add up what
+// each thread has.
+Gradients with_parameters(
+    at::Tensor of_input, const at::Tensor& grad, const at::Tensor& values,
+    const OptionalTensor& weight, const LayerNorm& norm, GradientMask mask) {
+  const auto rows = dims_between(0, grad.dim() - static_cast<int64_t>(norm.sizes.size()));
+  const auto over_rows = [&](const at::Tensor& of_rows) {
+    return (rows.empty() ? of_rows : of_rows.sum(rows)).to(weight->scalar_type());
+  };
+  return {
+      std::move(of_input), mask[1] ? over_rows(grad * values) : at::Tensor(),
+      mask[2] ? over_rows(grad) : at::Tensor()};
 }
 
 }  // namespace
@@ -116,7 +126,6 @@ at::Tensor layer_norm_formula(
   return y.to(input.scalar_type());
 }
 
-// Not ATen's sums for weight and bias, whose order is that of the threads.
 Gradients layer_norm_backward_by_aten(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
     const LayerNorm& norm, GradientMask mask) {
@@ -124,21 +133,14 @@ Gradients layer_norm_backward_by_aten(
   const at::Tensor x = widened(input), grad = widened(grad_output).contiguous();
   const auto [values, mean, inverse] =
       at::native_layer_norm(x, norm.sizes, std::nullopt, std::nullopt, norm.epsilon);
-  Gradients gradients;
+  at::Tensor of_input;
   if (mask[0]) {
     const OptionalTensor wide = weight.has_value() ? OptionalTensor(widened(*weight)) : weight;
-    std::get<0>(gradients) = std::get<0>(at::native_layer_norm_backward(
-                                             grad, x, norm.sizes, mean, inverse, wide, std::nullopt,
-                                             {true, false, false}))
-                                 .to(input.scalar_type());
+    const auto wide_gradients = at::native_layer_norm_backward(
+        grad, x, norm.sizes, mean, inverse, wide, std::nullopt, {true, false, false});
+    of_input = std::get<0>(wide_gradients).to(input.scalar_type());
   }
-  if (mask[1]) {
-    std::get<1>(gradients) = over_rows(grad * values, norm, weight->scalar_type());
-  }
-  if (mask[2]) {
-    std::get<2>(gradients) = over_rows(grad, norm, weight->scalar_type());
-  }
-  return gradients;
+  return with_parameters(std::move(of_input), grad, values, weight, norm, mask);
 }
 
 Gradients layer_norm_backward_formula(
@@ -150,21 +152,15 @@ Gradients layer_norm_backward_formula(
   const at::Tensor x = widened(input), grad = widened(grad_output);
   const Dims dims = normalised_dims(x, norm);
   const Normalised of_x = normalised(x, norm);
-  Gradients gradients;
+  at::Tensor of_input;
   if (mask[0]) {
     const at::Tensor g = weight.has_value() ? grad * widened(*weight) : grad;
     const at::Tensor slope = (g * of_x.values).mean(dims, /*keepdim=*/true);
-    std::get<0>(gradients) =
-        ((g - g.mean(dims, /*keepdim=*/true) - of_x.values * slope) * of_x.inverse)
-            .to(input.scalar_type());
+    const at::Tensor wide =
+        (g - g.mean(dims, /*keepdim=*/true) - of_x.values * slope) * of_x.inverse;
+    of_input = wide.to(input.scalar_type());
   }
-  if (mask[1]) {
-    std::get<1>(gradients) = over_rows(grad * of_x.values, norm, weight->scalar_type());
-  }
-  if (mask[2]) {
-    std::get<2>(gradients) = over_rows(grad, norm, weight->scalar_type());
-  }
-  return gradients;
+  return with_parameters(std::move(of_input), grad, of_x.values, weight, norm, mask);
 }
 
 }  // namespace mylayers

@@ -36,12 +36,13 @@ Sizes sizes_of(const at::Tensor& x, const LayerNorm& norm) {
 
 // Whether the kernels take them. ATen takes parameters of another dtype, too, and refuses in its
 // own words what does not fit.
-bool fit(const at::Tensor& x, const OptionalTensor& parameter, const LayerNorm& norm) {
+bool is_fitting_parameter(
+    const at::Tensor& x, const OptionalTensor& parameter, const LayerNorm& norm) {
   return !parameter.has_value() ||
          (parameter->scalar_type() == x.scalar_type() && parameter->is_cpu() &&
           has_kernel(*parameter) && parameter->sizes() == at::IntArrayRef(norm.sizes));
 }
-bool fits(const at::Tensor& x, const LayerNorm& norm) {
+bool is_fitting_input(const at::Tensor& x, const LayerNorm& norm) {
   return has_kernel(x) && x.dim() >= static_cast<int64_t>(norm.sizes.size()) &&
          x.sizes().slice(x.dim() - norm.sizes.size()) == at::IntArrayRef(norm.sizes);
 }
@@ -57,7 +58,8 @@ at::Tensor contiguous(const OptionalTensor& t) { return t ? t->contiguous() : at
 at::Tensor layer_norm(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const LayerNorm& norm) {
-  if (!fits(input, norm) || !fit(input, weight, norm) || !fit(input, bias, norm)) {
+  if (!is_fitting_input(input, norm) || !is_fitting_parameter(input, weight, norm) ||
+      !is_fitting_parameter(input, bias, norm)) {
     return layer_norm_by_aten(input, weight, bias, norm);
   }
   const at::Tensor x = input.contiguous(), w = contiguous(weight), b = contiguous(bias);
@@ -80,7 +82,7 @@ at::Tensor layer_norm(
 Gradients layer_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
     const LayerNorm& norm, GradientMask mask) {
-  if (!fits(input, norm) || !fit(input, weight, norm) ||
+  if (!is_fitting_input(input, norm) || !is_fitting_parameter(input, weight, norm) ||
       grad_output.scalar_type() != input.scalar_type() || grad_output.sizes() != input.sizes() ||
       !has_kernel(grad_output)) {
     return layer_norm_backward_by_aten(grad_output, input, weight, norm, mask);
@@ -93,10 +95,11 @@ Gradients layer_norm_backward(
   if (mask[0]) {
     dx = empty_like_of(x);
   }
-  for (auto* const made : {mask[1] ? &dw : nullptr, mask[2] ? &db : nullptr}) {
-    if (made != nullptr) {
-      *made = empty_like_of(w);
-    }
+  if (mask[1]) {
+    dw = empty_like_of(w);
+  }
+  if (mask[2]) {
+    db = empty_like_of(w);
   }
   with_storage_type(x.scalar_type(), [&, cols = cols, rows = rows]<class T>(T) {
     using C = acc_t<T>;
